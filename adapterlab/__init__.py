@@ -1,0 +1,57 @@
+"""AdapterLab: one base model, any number of adapters, side by side in a notebook.
+
+Importing this imports neither torch nor transformers: public names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.errors import AdapterLabError
+
+if TYPE_CHECKING:
+    from adapterlab.adapters import AdapterInfo
+    from adapterlab.columns import Column
+    from adapterlab.comparison import Comparison, Generation, TokenEvent
+    from adapterlab.lab import AdapterLab
+    from adapterlab.notices import AdapterLabWarning
+    from adapterlab.preflight import Preflight
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterInfo": "adapters",
+    "AdapterLab": "lab",
+    "AdapterLabWarning": "notices",
+    "Column": "columns",
+    "Comparison": "comparison",
+    "Generation": "comparison",
+    "Preflight": "preflight",
+    "TokenEvent": "comparison",
+}
+
+__all__ = [
+    "AdapterInfo",
+    "AdapterLab",
+    "AdapterLabError",
+    "AdapterLabWarning",
+    "Column",
+    "Comparison",
+    "Generation",
+    "Preflight",
+    "TokenEvent",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adapterlab' has no attribute {name!r}")
+    value = getattr(import_module(f"adapterlab.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *globals()])

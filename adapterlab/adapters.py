@@ -1,0 +1,470 @@
+"""The adapters of one lab and its state: load, add, select, blend, delete; what is true after each is in the table of
+ARCHITECTURE.md. PEFT mixes selection, enabling and training; here they are apart, and imposed after every call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.columns import BASE, Column, ColumnLike, check_name
+from adapterlab.errors import AdapterLabError
+from adapterlab.notices import say, warn
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+    from adapterlab.hub import AdapterFiles
+
+
+ACTS_NOW: Any = object()  # the column "what acts now", where None already means base
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter, as people ask about it. `bytes` are those in memory; `r` is the config's rank, None without one.
+
+    `status`: *untrained* (changes nothing), *random weights* (as it was drawn), *loaded* (as its file),
+    *trained here* (changed in this lab and saved), *unsaved* (changed in this lab, on no disk).
+    """
+
+    name: str
+    method: str
+    r: int | None
+    parameters: int
+    bytes: int
+    target_modules: tuple[str, ...]
+    source: str
+    status: str
+    peft_config: PeftConfig = field(repr=False)
+
+
+@dataclass
+class Record:
+    """What the lab remembers of an adapter beside its layers.
+
+    Digests: `digest` as last seen; `reference`: the weights that the lab took in, made or trained under this name, which
+    is what a run must show to be believed; `initial`, `loaded`, `saved`: as drawn, as read, as last written.
+    """
+
+    source: str
+    digest: str
+    noop: bool
+    reference: str
+    initial: str | None = None
+    loaded: str | None = None
+    saved: str | None = None
+    files: AdapterFiles | None = None
+
+    @property
+    def status(self) -> str:
+        if self.digest == self.loaded:
+            return "loaded"
+        if self.noop:
+            return "untrained"
+        if self.digest == self.initial:
+            return "random weights"
+        return "trained here" if self.digest == self.saved else "unsaved"
+
+
+class Adapters:
+    """Adapters hung on one bare model, with `selection`, `enabled` and `trainable` held apart from PEFT's own state.
+
+    Not thread-safe: the lab holds the lock. The base is frozen as long as it is here.
+    """
+
+    def __init__(self, model: PreTrainedModel, base_path: str) -> None:
+        from adapterlab.mounts import Mounts
+
+        self.model: Any = model
+        self.base_path = base_path
+        self.selection = Column()
+        self.enabled = True
+        self.trainable: str | None = None
+        self._imposed: str | None = None  # whose gradients were last switched on: what drift is measured against
+        self._depth = 0  # of nested `using` blocks: inside one, what is mounted is not the selection
+        self.records: dict[str, Record] = {}
+        self._given = _remember(model)
+        self.mounts = Mounts(model)
+        for name, (config, state) in self.mounts.adopt().items():
+            self._take(config, name, state, source="came with the model")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    # -- the state ---------------------------------------------------------------------------------------------
+
+    @property
+    def effective(self) -> Column:
+        """What acts on the model's next forward."""
+        return self.selection if self.enabled else Column()
+
+    def column(self, value: ColumnLike) -> Column:
+        """`value` as a column of adapters that exist and can be combined so; `AdapterLabError` otherwise."""
+        column = Column.of(value).check(self.records)
+        if column.single is None and not column.is_base:
+            self._check_blend(column)
+        return column
+
+    def columns(self, values: Any) -> list[Column]:
+        """The columns of a comparison, checked: by default base and every adapter; a column given twice is refused."""
+        if values is ACTS_NOW:
+            self.impose()
+            return [self.effective]
+        if values is None:
+            return [Column(), *(Column.of(name) for name in self.records)]
+        if isinstance(values, (str, dict, Column)):
+            raise AdapterLabError(f"columns is a list, one entry for each column: use columns=[{values!r}].")
+        columns = [self.column(value) for value in values]
+        labels = [column.label for column in columns]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice or not columns:
+            what = f"{', '.join(map(repr, twice))} stands twice" if twice else "there is no column"
+            raise AdapterLabError(f"Nothing to compare so: {what} in columns={list(values)!r}.")
+        return columns
+
+    def select(self, value: ColumnLike) -> None:
+        column = self.column(value)
+        self.selection = column
+        if not column.is_base:
+            self.enabled = True
+        self.impose()
+
+    def set_enabled(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.impose()
+
+    def set_trainable(self, name: str | None) -> None:
+        if name is not None:
+            Column.of(name).check(self.records)
+        if name == BASE:
+            raise AdapterLabError("The base is frozen in a lab: make an adapter trainable, or None for nothing.")
+        self.trainable = name
+        self.impose()
+
+    def impose(self) -> None:
+        """Make the model be what the state says; undo, and tell, what somebody did to it behind the lab's back."""
+        said = self.mounts.drift() + self._drifted_gradients()
+        if said:
+            warn("The model was changed behind the lab's back and is set right again: " + "; ".join(said[:3]) + ".")
+            self.mounts.repair()
+        if self.mounts.column != self.effective or said:
+            self.mounts.mount(self.effective)
+        self._impose_gradients()
+
+    @contextlib.contextmanager
+    def using(self, value: ColumnLike) -> Iterator[Any]:
+        """The model with `value` acting, whatever the selection; the state found is restored, also after an exception."""
+        column = self.column(value)
+        if self._depth == 0:
+            self.impose()
+        found = (self.selection, self.enabled, self.trainable)
+        before = self.mounts.column
+        self.mounts.mount(column)
+        self._depth += 1
+        try:
+            yield self.model
+        finally:
+            self._depth -= 1
+            selection, enabled, trainable = found
+            exists = all(name in self.records for name in (*selection.names, *before.names))
+            if exists:
+                self.selection, self.enabled = selection, enabled
+                self.trainable = trainable if trainable in self.records else None
+                if self.mounts.drift():
+                    self.mounts.repair()
+                self.mounts.mount(before)
+            self._impose_gradients()
+
+    def _impose_gradients(self) -> None:
+        for name, mounted in self.mounts.adapters.items():
+            wanted = name == self.trainable
+            for parameter in mounted.trainable:
+                if parameter.requires_grad is not wanted:
+                    parameter.requires_grad_(wanted)
+        self._imposed = self.trainable
+
+    def _drifted_gradients(self) -> list[str]:
+        single = self.mounts.column.single
+        if single is None:
+            return []
+        wanted = single == self._imposed
+        flags = {p.requires_grad for p in self.mounts.adapters[single].trainable}
+        if flags - {wanted}:
+            return [f"{single!r} was made {'trainable' if not wanted else 'untrainable'}"]
+        return []
+
+    def _check_blend(self, column: Column) -> None:
+        from adapterlab.equation import blend_obstacle
+
+        for name, multiplier in column.parts:
+            for path, layer in self.mounts.adapters[name].layers.items():
+                reason = blend_obstacle(layer, name)
+                if reason:
+                    what = f"{name!r} × {multiplier:g}" if len(column.parts) == 1 else f"A blend with {name!r}"
+                    raise AdapterLabError(
+                        f"{what} has no meaning: at {path}, {reason}. Run it alone at 0 or 1, in a column of its own."
+                    )
+
+    # -- coming and going --------------------------------------------------------------------------------------
+
+    def load(self, files: AdapterFiles, name: str | None) -> str:
+        """Load a resolved adapter, select it, and give its name; all or nothing."""
+        from adapterlab.preflight import read_weights
+
+        chosen = name if name is not None else self._free_name(files.default_name)
+        self.check_new_name(chosen)
+        config, flight = self.preflight(files)
+        flight.raise_for_problems()
+        for note in flight.notes:
+            say(f"{chosen}: {note}")
+        self._take(config, chosen, read_weights(files.weights_file), files.source, files)
+        self.select(chosen)
+        if name is None:
+            say(f"Loaded {files.source!r} as {chosen!r}.")
+        return chosen
+
+    def preflight(self, files: AdapterFiles) -> tuple[PeftConfig, Any]:
+        """The adapter's config and the verdict on it; nothing is changed."""
+        from adapterlab.preflight import compute_preflight, header_shapes, read_config
+
+        config = read_config(files.config, files.source)
+        with self.using(None):
+            flight = compute_preflight(
+                self.model, config, header_shapes(files.weights_file), files.source, self.base_path
+            )
+        return config, flight
+
+    def add(self, config_or_method: Any, name: str, **fields: Any) -> None:
+        """Add a fresh adapter, select it and make it trainable; all or nothing. The config given is never changed."""
+        from adapterlab.fingerprints import adapter_digest
+        from adapterlab.methods import check_config, is_noop, make_config
+
+        self.check_new_name(name)
+        config = make_config(config_or_method, **fields)
+        check_config(config, name)
+        config.base_model_name_or_path = self.base_path
+        self._check_size(config, name)
+        self.impose()
+        try:
+            mounted = self.mounts.inject(config, name)
+        except AdapterLabError:
+            raise
+        except Exception as error:  # PEFT's own verdict on target_modules, layers or values, in its words
+            raise AdapterLabError(f"{name!r} can't be added: {' '.join(str(error).split())}") from error
+        self.mounts.add(name, mounted)
+        digest = adapter_digest(mounted.layers, name)
+        self.records[name] = Record("added here", digest, is_noop(mounted, name), digest, initial=digest)
+        self.trainable = name
+        self.select(name)
+
+    def delete(self, name: str) -> int:
+        """Delete the adapter and give the bytes that its tensors held. If it was in the selection, base acts next."""
+        Column.of(name).check(self.records)
+        if name == BASE:
+            raise AdapterLabError("'base' is the model itself and can't be deleted: lab.close() frees it.")
+        self.impose()
+        held = self.info(name).bytes
+        if name in self.selection.names:
+            self.selection = Column()
+            say(f"{name!r} was selected: base is selected now.")
+        if self.trainable == name:
+            self.trainable = None
+        self.impose()
+        self.mounts.remove(name)
+        del self.records[name]
+        return held
+
+    def take_made(self, config: PeftConfig, name: str, state: dict[str, Any], source: str) -> None:
+        """Take in an adapter that the lab made of others, and select it; on no disk yet, so *unsaved*."""
+        self._take(config, name, state, source)
+        self.records[name].loaded = None
+        self.select(name)
+
+    def note_saved(self, name: str) -> None:
+        """Remember that the weights as they are now are on disk."""
+        record, digest = self.records[name], self.refresh([name])[name]
+        record.saved = record.reference = digest
+
+    def _take(
+        self, config: PeftConfig, name: str, state: dict[str, Any], source: str, files: AdapterFiles | None = None
+    ) -> None:
+        """Inject with these weights and remember it as loaded; neither selects nor trains it."""
+        from adapterlab.fingerprints import adapter_digest
+        from adapterlab.methods import check_config, is_noop
+        from adapterlab.mounts import load_state
+
+        check_config(config, source)
+        try:
+            mounted = self.mounts.inject(config, name, lambda tuner: load_state(tuner, state, name))
+        except AdapterLabError:
+            raise
+        except Exception as error:  # PEFT's and torch's loaders raise many types; the words are theirs
+            raise AdapterLabError(f"{source!r} can't be loaded: {' '.join(str(error).split())}") from error
+        for parameter in mounted.trainable:
+            parameter.requires_grad_(False)
+        self.mounts.add(name, mounted)
+        digest = adapter_digest(mounted.layers, name)
+        noop = is_noop(mounted, name, fresh=False)
+        self.records[name] = Record(source, digest, noop, digest, loaded=digest, files=files)
+
+    def _check_size(self, config: PeftConfig, name: str) -> None:
+        """Refuse what would not fit into memory, and PEFT's objections, before a real tensor is made."""
+        import psutil
+
+        from adapterlab.preflight import expected_shapes
+
+        with self.using(None):
+            try:
+                shapes = expected_shapes(self.model, config, name)
+            except Exception as error:  # PEFT's own verdict, in its words
+                raise AdapterLabError(f"{name!r} can't be added: {' '.join(str(error).split())}") from error
+        wanted = sum(4 * _product(shape) for shape in shapes.values())
+        free = psutil.virtual_memory().available
+        if wanted > free:
+            raise AdapterLabError(
+                f"{name!r} would take {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose a smaller rank or "
+                "fewer target_modules."
+            )
+
+    def check_new_name(self, name: str) -> None:
+        words = {word for key, _ in self.model.named_modules() for word in key.split(".")}
+        check_name(name, self.records, words | {"weight", "bias", "default_0"})
+
+    def _free_name(self, wanted: str) -> str:
+        name, number = wanted, 2
+        while name in self.records:
+            name, number = f"{wanted}-{number}", number + 1
+        return name
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def info(self, name: str) -> AdapterInfo:
+        """What is known of one adapter; reads no weights: the status is the one last seen."""
+        from adapterlab.fingerprints import adapter_tensors
+        from adapterlab.methods import rank_of
+
+        Column.of(name).check(self.records)
+        mounted, record = self.mounts.adapters[name], self.records[name]
+        tensors = [t for layer in mounted.layers.values() for key, t in adapter_tensors(layer, name)]
+        trained = {p.data_ptr() for p in mounted.trainable if p.numel()}
+        return AdapterInfo(
+            name=name,
+            method=str(getattr(mounted.config.peft_type, "value", mounted.config.peft_type)),
+            r=rank_of(mounted.config),
+            parameters=sum(t.numel() for t in tensors if t.data_ptr() in trained),
+            bytes=sum(t.numel() * t.element_size() for t in tensors),
+            target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in mounted.layers})),
+            source=record.source,
+            status=record.status,
+            peft_config=mounted.config,
+        )
+
+    def refresh(self, names: Any = None) -> dict[str, str]:
+        """Read the adapters' weights and bring their digests and statuses up to date: name → digest.
+
+        The trainable adapter is meant to change, by whatever trainer; what others hold is compared with their reference.
+        """
+        from adapterlab.fingerprints import adapter_digest
+        from adapterlab.methods import is_noop
+
+        fresh = {}
+        for name in self.records if names is None else names:
+            mounted, record = self.mounts.adapters[name], self.records[name]
+            digest = adapter_digest(mounted.layers, name)
+            if digest != record.digest:
+                record.digest, record.noop = digest, is_noop(mounted, name, fresh=False)
+            if name == self.trainable:
+                record.reference = digest
+            fresh[name] = digest
+        return fresh
+
+    def state(self, name: str) -> tuple[PeftConfig, dict[str, Any]]:
+        """The adapter's config (a copy) and its tensors under the keys PEFT saves, not copied; the base stays out."""
+        import copy
+
+        from peft import get_peft_model_state_dict
+
+        from adapterlab.mounts import full_rank_pattern
+
+        with self.using(name) as model:
+            with full_rank_pattern(model.peft_config[name]):
+                state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            return copy.deepcopy(model.peft_config[name]), {key: value.detach() for key, value in state.items()}
+
+    def plain(self, name: str) -> tuple[PeftConfig, dict[str, Any]]:
+        """Config and tensors for a second opinion: from the adapter's own file while it is there and current."""
+        from adapterlab.preflight import read_config, read_weights
+
+        record = self.records[name]
+        files = record.files
+        if files is not None and record.reference == record.loaded and files.weights_file.is_file():
+            return read_config(files.config, files.source), read_weights(files.weights_file)
+        return self.state(name)
+
+    def release(self) -> None:
+        """Take everything out and give the model back as it came: bare, or with the adapters it came with."""
+        self.mounts.mount(Column())
+        _restore(self.model, self._given)
+
+
+class AdapterView(Mapping[str, AdapterInfo]):
+    """`lab.adapters`: read-only, with the names for tab completion. An unknown name says which there are."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> AdapterInfo:
+        if name not in self._adapters.records:
+            raise UnknownAdapterError(name, list(self._adapters.records))
+        return self._adapters.info(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters.records)
+
+    def __len__(self) -> int:
+        return len(self._adapters.records)
+
+    def __repr__(self) -> str:
+        return f"adapters({', '.join(self) or 'none yet'})"
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+
+class UnknownAdapterError(AdapterLabError, KeyError):
+    """A name that no adapter has; a `KeyError` too, so that `in` and `.get` work as on any mapping."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(f"No adapter named {name!r}; the lab has {', '.join(map(repr, known)) or 'none yet'}.")
+
+    __str__ = Exception.__str__
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _remember(model: Any) -> dict[str, Any]:
+    return {
+        "children": {module: dict(module._modules) for module in model.modules()},
+        "flags": [(p, p.requires_grad) for p in model.parameters()],
+        "peft_config": model.__dict__.get("peft_config"),
+        "loaded": getattr(model, "_hf_peft_config_loaded", False),
+    }
+
+
+def _restore(model: Any, given: dict[str, Any]) -> None:
+    for module, children in given["children"].items():
+        module._modules.clear()
+        module._modules.update(children)
+    for parameter, flag in given["flags"]:
+        parameter.requires_grad_(flag)
+    model.__dict__.pop("peft_config", None)
+    if given["peft_config"] is not None:
+        model.peft_config = given["peft_config"]
+    model._hf_peft_config_loaded = given["loaded"]

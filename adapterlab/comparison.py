@@ -1,0 +1,311 @@
+"""What came out: one `Generation` per prompt and column, and the `Comparison` that holds them. Data only: no model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.columns import Column, ColumnLike
+from adapterlab.errors import AdapterLabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "adapterlab-comparison"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of one column, as it comes: what `on_token` is called with.
+
+    `text` is what became readable with it, "" while a character is incomplete. `finish_reason` is None until the
+    column's last event.
+    """
+
+    prompt_index: int
+    column: str
+    position: int
+    token_id: int
+    text: str
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one column said to one prompt, and the proof of who spoke.
+
+    asked: the column as (name, multiplier) pairs; active_adapters: names read off the model while it ran. weights_digest: of the tensors that really acted (base:
+    of the base's). logit_shift: largest |Δlogit| against base on the prompt's last position. `logprobs`: of each
+    token under this column's own unprocessed logits; `base_logprobs` the same under base, None until asked for;
+    `leads`: by how much each token won, in processed-score units. `seconds` are wall time from prompt to last token.
+    """
+
+    column: str
+    asked: tuple[tuple[str, float], ...]
+    prompt_index: int
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+    leads: tuple[float, ...]
+    finish_reason: str
+    seconds: float
+    active_adapters: tuple[str, ...]
+    multipliers: tuple[float, ...]
+    logit_shift: float
+    weights_digest: str
+    batched: bool = False
+    note: str = ""
+    base_logprobs: tuple[float, ...] | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds > 0 else math.nan
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Comparison:
+    """Prompts × columns. `settings`: what was asked for; `model`: name, dtype, quantization and digest of the base.
+
+    `prompts` as they were given, `rendered` as the model saw them (chat template applied), `prompt_ids` unpadded.
+    """
+
+    prompts: list[str]
+    rendered: list[str]
+    prompt_ids: list[tuple[int, ...]]
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    generations: list[Generation]
+    created: str = ""
+    _score: Callable[[Comparison], list[tuple[float, ...] | None]] | None = field(
+        default=None, repr=False, compare=False
+    )
+
+    @property
+    def columns(self) -> list[str]:
+        """Labels, in the order of the columns."""
+        return list(dict.fromkeys(generation.column for generation in self.generations))
+
+    def __getitem__(self, key: ColumnLike | tuple[ColumnLike, int]) -> Generation:
+        """`cmp["pirate"]`, or `cmp["pirate", 1]` for the second of several prompts."""
+        column, index = key if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], int) else (key, None)
+        label = column if isinstance(column, str) else Column.of(column).label  # type: ignore[arg-type]
+        found = [g for g in self.generations if g.column == label and index in (None, g.prompt_index)]
+        if not found:
+            raise AdapterLabError(f"No column {label!r} here; there are {', '.join(map(repr, self.columns))}.")
+        if len(found) > 1:
+            raise AdapterLabError(f"{label!r} answered {len(found)} prompts: say which, as in comparison[{label!r}, 0].")
+        return found[0]
+
+    def __len__(self) -> int:
+        return len(self.generations)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and column, the proof included; seconds are wall time."""
+        import pandas as pd
+
+        rows = [
+            {
+                "prompt": self.prompts[g.prompt_index],
+                "column": g.column,
+                "text": g.text,
+                "new_tokens": g.new_tokens,
+                "seconds": g.seconds,
+                "tokens_per_second": g.tokens_per_second,
+                "finish_reason": g.finish_reason,
+                "active_adapters": ", ".join(g.active_adapters),
+                "logit_shift": g.logit_shift,
+                "batched": g.batched,
+                "weights_digest": g.weights_digest,
+                "note": g.note,
+            }
+            for g in self.generations
+        ]
+        return pd.DataFrame(rows)
+
+    def tokens(self) -> pd.DataFrame:
+        """One row per token: prompt_index, column, position, token, logprob, base_logprob.
+
+        `base_logprob` is what the bare base gives the same token after the same text. It is computed at the first
+        call, as long as the lab is open; otherwise it is NaN.
+        """
+        import pandas as pd
+
+        self._fill_base_logprobs()
+        rows = [
+            (g.prompt_index, g.column, i, g.tokens[i], g.logprobs[i], g.base_logprobs[i] if g.base_logprobs else math.nan)
+            for g in self.generations
+            for i in range(g.new_tokens)
+        ]
+        names = ["prompt_index", "column", "position", "token", "logprob", "base_logprob"]
+        return pd.DataFrame(rows, columns=names)
+
+    def _fill_base_logprobs(self) -> None:
+        if self._score is None or all(g.base_logprobs is not None for g in self.generations):
+            return
+        scores = self._score(self)
+        self.generations = [
+            g if score is None else replace(g, base_logprobs=score) for g, score in zip(self.generations, scores)
+        ]
+
+    def _repr_html_(self) -> str:
+        from adapterlab.render import comparison_html
+
+        return comparison_html(self)
+
+    def __repr__(self) -> str:
+        heads = [f"{g.column}: {g.text[:60]!r}" for g in self.generations[:4]]
+        more = f", and {len(self.generations) - 4} more" if len(self.generations) > 4 else ""
+        return f"Comparison({len(self.prompts)} prompt(s) × {len(self.columns)} column(s): {'; '.join(heads)}{more})"
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write a page that stands alone, readable without a kernel. An existing file is replaced whole."""
+        from adapterlab.render import comparison_page
+
+        return _write(Path(path), comparison_page(self))
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything, base logprobs included while the lab is open. An existing file is replaced whole."""
+        self._fill_base_logprobs()
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created": self.created,
+            "model": self.model,
+            "settings": self.settings,
+            "prompts": self.prompts,
+            "rendered": self.rendered,
+            "prompt_ids": self.prompt_ids,
+            "generations": [_plain(asdict(g)) for g in self.generations],
+        }
+        return _write(Path(path), json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Comparison:
+        """Read what `to_json` wrote. Raises `AdapterLabError` for anything else, saying what is wrong with it."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AdapterLabError(f"{str(path)!r} can't be read as a comparison: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise AdapterLabError(f"{str(path)!r} is no comparison saved by Comparison.to_json.")
+        if content.get("version") != VERSION:
+            raise AdapterLabError(
+                f"{str(path)!r} has format version {content.get('version')!r}, this AdapterLab reads {VERSION}: update it."
+            )
+        try:
+            generations = [_generation(row) for row in content["generations"]]
+            parts = {key: content[key] for key in ("prompts", "rendered", "settings", "model", "created")}
+            ids = [tuple(int(token) for token in row) for row in content["prompt_ids"]]
+            comparison = cls(generations=generations, prompt_ids=ids, **parts)
+            if any(not 0 <= g.prompt_index < len(comparison.prompts) for g in generations):
+                raise ValueError("a generation names a prompt that is not there")
+        except (KeyError, TypeError, ValueError) as error:
+            raise AdapterLabError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}.") from error
+        return comparison
+
+    @classmethod
+    def concat(cls, comparisons: Iterable[Comparison], labels: Iterable[str] | None = None) -> Comparison:
+        """Put comparisons of the same prompts side by side, say of labs in fp32, 8-bit and 4-bit.
+
+        Columns get the lab's quantization or dtype before their label (or `labels`, one per comparison).
+        """
+        comparisons = list(comparisons)
+        if not comparisons:
+            raise AdapterLabError("Nothing to concatenate: give at least one Comparison.")
+        names = list(labels) if labels is not None else [_lab_label(c) for c in comparisons]
+        if len(names) != len(comparisons) or len(set(names)) != len(names):
+            raise AdapterLabError(f"{len(comparisons)} comparisons need as many different labels, not {names}.")
+        first = comparisons[0]
+        for other in comparisons[1:]:
+            if other.prompts != first.prompts:
+                raise AdapterLabError("Only comparisons of the same prompts stand side by side.")
+        for comparison in comparisons:
+            comparison._fill_base_logprobs()
+        generations = [
+            replace(g, column=f"{name} · {g.column}") for name, c in zip(names, comparisons) for g in c.generations
+        ]
+        return cls(
+            prompts=first.prompts,
+            rendered=first.rendered,
+            prompt_ids=first.prompt_ids,
+            settings=first.settings,
+            model={"name": " | ".join(dict.fromkeys(str(c.model.get("name")) for c in comparisons))},
+            generations=generations,
+            created=first.created,
+        )
+
+
+def _lab_label(comparison: Comparison) -> str:
+    return str(comparison.model.get("quantization") or comparison.model.get("dtype"))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no infinity or NaN: the lead of a vocabulary of one, a time never measured.
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return {key: finite(value) for key, value in row.items()}
+
+
+def _generation(row: dict[str, Any]) -> Generation:
+    known = {f.name for f in fields(Generation)}
+    unknown = set(row) - known
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    lists = {"token_ids", "tokens", "logprobs", "leads", "active_adapters", "multipliers", "base_logprobs"}
+    values = {key: _tuple(value) if key in lists else value for key, value in row.items()}
+    values["asked"] = tuple((str(name), float(multiplier)) for name, multiplier in row["asked"])
+    for key in ("column", "text", "prompt", "finish_reason", "weights_digest", "note"):
+        if not isinstance(values[key], str):
+            raise TypeError(f"{key} is no text")
+    values["logit_shift"] = math.nan if values["logit_shift"] is None else float(values["logit_shift"])
+    generation = Generation(**values)
+    if not len(generation.token_ids) == len(generation.tokens) == len(generation.logprobs):
+        raise ValueError("token_ids, tokens and logprobs differ in length")
+    return generation
+
+
+def _tuple(value: Any) -> Any:
+    return None if value is None else tuple(math.nan if item is None else item for item in value)
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write beside and rename, so that a reader finds the old file or the new one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(beside, 0o666 & ~_umask())
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise AdapterLabError(f"{str(path)!r} can't be written: {error.strerror or error}.") from error
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,156 @@
+"""One adapter's part of one layer, and a layer that blends several.
+
+LoRA (Hu et al. 2021), AdaLoRA (Zhang et al. 2023) and IA3 (Liu et al. 2022) are one equation:
+
+    y = s_out ⊙ [ W (s_in ⊙ x) + Σ ((x Aᵀ) ⊙ e) Bᵀ ] + c
+
+with e = m·scaling for LoRA, m·λ·alpha/(ranknum + 1e-5) for AdaLoRA, and s = 1 + m(s − 1) for IA3, where m is the
+multiplier. The bias inside W's module is scaled by s_out as PEFT's IA3 does; `lora_bias` adds m·scaling·b_B outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Term:
+    """What one adapter adds to one layer. A: (r, in), B: (out, r), both views of the parameters; e: a number or (r,)."""
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    e: Tensor | float = 1.0
+    s_in: Tensor | None = None
+    s_out: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def blend_obstacle(layer: nn.Module, name: str) -> str | None:
+    """Why `layer` can't follow a multiplier or stand in a blend, or None if it can."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.ia3.layer import IA3Layer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(layer, ModulesToSaveWrapper):
+        return "modules_to_save replaces a whole module"
+    if isinstance(layer, TrainableTokensWrapper):
+        return "trainable tokens replace rows of the embedding"
+    if isinstance(layer, ParamWrapper):
+        return "target_parameters adapts a bare parameter"
+    if isinstance(layer, LoraLayer) and layer.lora_variant.get(name) is not None:
+        return f"{type(layer.lora_variant[name]).__name__.removesuffix('Variant')} is no plain ΔW that could be scaled"
+    base = getattr(layer, "base_layer", None)
+    allowed: tuple[type, ...] = (nn.Linear, Conv1D)
+    if isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer):
+        allowed = (nn.Linear, Conv1D, nn.Embedding)
+    if not isinstance(layer, (LoraLayer, IA3Layer)) or not isinstance(base, allowed):
+        return f"the lab knows no multiplier for {type(layer).__module__.split('.')[-2]} on {type(base).__name__}"
+    return None
+
+
+def compute_term(layer: Any, name: str, multiplier: float) -> Term:
+    """The term of adapter `name` in one of PEFT's tuner layers; nothing is copied but IA3's scaled vector."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.ia3.layer import IA3Layer
+
+    if isinstance(layer, IA3Layer):
+        scale = 1 + multiplier * (layer.ia3_l[name].flatten() - 1)
+        return Term(s_in=scale) if layer.is_feedforward else Term(s_out=scale)
+    if isinstance(layer, AdaLoraLayer):
+        share = multiplier * layer.scaling[name] / (layer.ranknum[name] + 1e-5)
+        return Term(A=layer.lora_A[name], B=layer.lora_B[name], e=layer.lora_E[name].flatten() * share)
+    scaling = multiplier * layer.scaling[name]
+    if name in layer.lora_embedding_A:
+        return Term(A=layer.lora_embedding_A[name], B=layer.lora_embedding_B[name], e=scaling)
+    bias = layer.lora_B[name].bias
+    return Term(
+        A=layer.lora_A[name].weight,
+        B=layer.lora_B[name].weight,
+        e=scaling,
+        bias=None if bias is None else scaling * bias,
+    )
+
+
+class Blend(nn.Module):
+    """Stands in for one module of the base while a blend is mounted; the adapters' parameters stay PEFT's.
+
+    `weight` and `bias` are the base module's (T5 asks `wo` for its weight's dtype).
+    """
+
+    def __init__(self, base_layer: nn.Module, parts: list[tuple[nn.Module, str, float]]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.parts = tuple(parts)  # a tuple is not registered: the parameters are not this module's to own
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        terms = [compute_term(layer, name, multiplier) for layer, name, multiplier in self.parts]
+        inner = x
+        for term in terms:
+            if term.s_in is not None:
+                inner = inner * term.s_in
+        y = self.base_layer(inner if inner is x else inner.to(x.dtype), *args, **kwargs)
+        dtype = y.dtype
+        for term in terms:
+            if term.A is not None:
+                y = y + self._low_rank(x, term)
+        for term in terms:
+            if term.s_out is not None:
+                y = y * term.s_out
+        for term in terms:
+            if term.bias is not None:
+                y = y + term.bias
+        return y.to(dtype)
+
+    def _low_rank(self, x: Tensor, term: Term) -> Tensor:
+        assert term.A is not None and term.B is not None
+        if isinstance(self.base_layer, nn.Embedding):
+            delta = (nn.functional.embedding(x, term.A.T) * term.e) @ term.B.T
+            scale = getattr(self.base_layer, "embed_scale", None)
+            return delta if scale is None else delta * scale.to(delta.dtype)
+        return ((x.to(term.A.dtype) @ term.A.T) * term.e) @ term.B.T
+
+
+def merge_terms(weight: Tensor, bias: Tensor | None, terms: list[Term], *, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the plain layer that computes the equation, in the layer's own layout.
+
+    `weight`: (out, in), or (in, out) when `transposed` (GPT-2's Conv1D, an embedding's table). The sum is made in
+    fp32 or better and given back in the weight's dtype. Neither argument is changed.
+    """
+    import torch
+
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    W = (weight.T if transposed else weight).to(wide)
+    c = None if bias is None else bias.to(wide)
+    extra = None
+    for term in terms:
+        if term.s_in is not None:
+            W = W * term.s_in.to(wide)
+    for term in terms:
+        if term.A is not None and term.B is not None:
+            W = W + (term.B.to(wide) * term.e) @ term.A.to(wide)
+    for term in terms:
+        if term.s_out is not None:
+            W = W * term.s_out.to(wide)[:, None]
+            c = None if c is None else c * term.s_out.to(wide)
+        if term.bias is not None:
+            extra = term.bias.to(wide) if extra is None else extra + term.bias.to(wide)
+    if extra is not None:
+        c = extra if c is None else c + extra
+    merged = (W.T if transposed else W).to(weight.dtype).contiguous()
+    return merged, None if c is None else c.to(weight.dtype if bias is None else bias.dtype)

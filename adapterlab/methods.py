@@ -1,0 +1,157 @@
+"""PEFT's methods as the lab sees them: which can hang on a base, under which configs, and when one does nothing yet."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.errors import AdapterLabError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import PeftConfig
+
+    from adapterlab.mounts import Mounted
+
+# AdaLoRA wants to know how long training will be; training replaces this by the Trainer's own count.
+PROVISIONAL_TOTAL_STEP = 1000
+
+_PRETTY = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "RANDLORA": "RandLora"}
+_PLAIN_CALL = "Plain PEFT runs it: PeftModel.from_pretrained(model, {source!r})."
+_PROMPT_LEARNING = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
+)  # fmt: skip
+_GENERATING_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+_BASE_CHANGING_INIT = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
+
+
+def method_label(method: str) -> str:
+    """PEFT's type as its paper spells it: `LORA` → `LoRA`."""
+    return _PRETTY.get(method, method)
+
+
+def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
+    """A `PeftConfig` of its own (never the caller's object) from a config or a method's name with its fields.
+
+    AdaLoRA without `total_step` gets a provisional one. Raises `AdapterLabError` for an unknown method, an unknown
+    field or values PEFT refuses.
+    """
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if isinstance(config_or_method, PeftConfig):
+        if config:
+            raise AdapterLabError(
+                f"{', '.join(map(repr, config))} given beside a {type(config_or_method).__name__}: set them in the config."
+            )
+        return copy.deepcopy(config_or_method)
+    if not isinstance(config_or_method, str):
+        raise AdapterLabError(f"{config_or_method!r} is neither a method's name such as 'lora' nor a PeftConfig.")
+    known = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    cls = known.get(config_or_method.upper())
+    if cls is None:
+        usable = ", ".join(sorted(kind.lower() for kind in known if unsupported_reason(kind) is None))
+        raise AdapterLabError(f"{config_or_method!r} is no PEFT method. Methods the lab can add: {usable}.")
+    fields = dict(config)
+    if cls.__name__ == "AdaLoraConfig":
+        fields.setdefault("total_step", PROVISIONAL_TOTAL_STEP)
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError, ImportError) as error:
+        raise AdapterLabError(f"{cls.__name__} can't be made of {fields}: {error}") from error
+
+
+def unsupported_reason(method: str, source: str = "folder") -> str | None:
+    """Why adapters of this PEFT type can't hang on a bare base, with the plain call that runs them; None if they can."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    call = _PLAIN_CALL.format(source=source)
+    if method in _PROMPT_LEARNING:
+        return f"{method} puts virtual tokens or prompts before the text instead of adapting layers. {call}"
+    tuners = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    if method not in tuners:
+        return f"{method!r} is no method that the installed PEFT knows."
+    if method in ("SHADOW", "XLORA", "POLY"):
+        return f"{method} steers the whole model from outside its layers. {call}"
+    if method == "OSF":
+        return f"{method} takes the base weights apart, and base must stay base. {call}"
+    if getattr(tuners[method], "uses_shared_state", False):
+        return f"{method} shares one state among all its layers, which PEFT can't inject into a bare model. {call}"
+    return None
+
+
+def check_config(config: PeftConfig | Mapping[str, Any], source: str) -> None:
+    """Raise `AdapterLabError` if an adapter with this config can't live in a lab; all reasons in one message.
+
+    Takes a config object or the raw mapping from an `adapter_config.json`, of which nothing is executed.
+    """
+    get = config.get if hasattr(config, "get") else lambda key, default=None: getattr(config, key, default)
+    method = _plain(get("peft_type", None))
+    reasons = []
+    reason = unsupported_reason(method, source)
+    if reason:
+        reasons.append(reason)
+    task = _plain(get("task_type", None))
+    if task not in _GENERATING_TASKS:
+        reasons.append(
+            f"its task is {task}, and the lab compares generated text (CAUSAL_LM, SEQ_2_SEQ_LM). "
+            + _PLAIN_CALL.format(source=source)
+        )
+    bias = get("bias", "none")
+    if bias not in (None, "none"):
+        reasons.append(f"bias={bias!r} trains the base's own biases, and base must stay base: use bias='none'.")
+    init = get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
+        reasons.append(
+            f"init_lora_weights={init!r} changes the base weights, and base must stay base: convert the adapter with "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…), or use True or 'gaussian'."
+        )
+    if reasons:
+        raise AdapterLabError(f"{source!r} can't be used in the lab: " + " Also, ".join(reasons))
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def rank_of(config: PeftConfig) -> int | None:
+    """The rank a config asks for (`init_r` for AdaLoRA), or None where the method has none."""
+    for field in ("init_r", "r"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def is_noop(mounted: Mounted, name: str, *, fresh: bool = True) -> bool:
+    """True if the adapter changes nothing: all B or λ zero, all IA3 scales one.
+
+    For methods whose tensors can't tell, a `fresh` adapter is a no-op unless its config asked for random numbers.
+    """
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.ia3.layer import IA3Layer
+    from peft.tuners.lora.layer import LoraLayer
+
+    for layer in mounted.layers.values():
+        if isinstance(layer, IA3Layer):
+            if bool((layer.ia3_l[name] != 1).any()):
+                return False
+        elif isinstance(layer, AdaLoraLayer):
+            if bool((layer.lora_E[name] != 0).any()):
+                return False
+        elif isinstance(layer, LoraLayer) and not layer.lora_variant.get(name):
+            inner: Any = layer
+            embedding = name in inner.lora_embedding_B
+            tensors = [inner.lora_embedding_B[name]] if embedding else list(inner.lora_B[name].parameters())
+            if any(bool((tensor != 0).any()) for tensor in tensors):
+                return False
+        else:
+            return fresh and not is_drawn(mounted.config)
+    return True
+
+
+def is_drawn(config: PeftConfig) -> bool:
+    """True if a fresh adapter of this config starts from random numbers instead of from doing nothing."""
+    fields = ("init_lora_weights", "init_ia3_weights", "init_weights")
+    return any(getattr(config, field, True) is False for field in fields)

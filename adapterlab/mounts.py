@@ -1,0 +1,330 @@
+"""The base stays bare; adapters are mounted into it and taken out again.
+
+PEFT injects each adapter alone into the bare base. The layers it made are harvested (path → module) and the base's
+own modules put back, so afterwards switching is swapping `parent._modules[child]`. While one adapter is mounted,
+`model.peft_config` is set: the model then *is* a native single-adapter transformers model. An unmounted adapter is
+outside `model.parameters()`: its device, mode and gradients are kept here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.columns import Column
+from adapterlab.errors import AdapterLabError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel
+
+PREFIX = "base_model.model."  # before every key that plain PEFT writes
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the base where some adapter hangs: `parent._modules[child]` is `original` while it is bare."""
+
+    parent: nn.Module
+    child: str
+    original: nn.Module
+
+
+@dataclass
+class Mounted:
+    """One adapter, harvested: PEFT's layers by path, its config, and the parameters PEFT would train."""
+
+    layers: dict[str, nn.Module]
+    config: PeftConfig
+    trainable: list[nn.Parameter]
+
+
+class Mounts:
+    """The adapters of one model and what is mounted in it now. Not thread-safe: the lab holds the lock."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.sites: dict[str, Site] = {}
+        self.adapters: dict[str, Mounted] = {}
+        self.column = Column()
+        self._placed: dict[str, nn.Module] = {}
+
+    def inject(self, config: PeftConfig, name: str, load: Callable[[Any], None] | None = None) -> Mounted:
+        """Make PEFT build the adapter in the bare base, run `load(tuner)` on it, harvest it, and leave the base bare.
+
+        What was mounted before is mounted again, also when PEFT or `load` raises: then nothing else has changed.
+        """
+        with self._bare() as children:
+            tuner = inject(config, self.model, name)
+            if load is not None:
+                load(tuner)
+            return self._harvest(children, name)
+
+    def adopt(self) -> dict[str, tuple[PeftConfig, dict[str, Any]]]:
+        """Unwrap a model that came with native adapters: their configs and weights by name, and a bare model.
+
+        The weights are copies, so nothing of the old wrappers is kept alive here.
+        """
+        from peft import get_peft_model_state_dict
+
+        found = {}
+        for name, config in dict(getattr(self.model, "peft_config", {}) or {}).items():
+            config = copy.deepcopy(config)
+            with full_rank_pattern(self.model.peft_config[name]):
+                state = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+            found[name] = (config, {key: value.detach().clone() for key, value in state.items()})
+        unwrap(self.model)
+        self._announce(None)
+        return found
+
+    def add(self, name: str, mounted: Mounted) -> None:
+        self.adapters[name] = mounted
+
+    def remove(self, name: str) -> None:
+        """Forget the adapter; it must not be mounted. Sites that no other adapter uses go with it."""
+        gone = self.adapters.pop(name)
+        used = {path for other in self.adapters.values() for path in other.layers}
+        for path in gone.layers:
+            if path not in used:
+                self.sites.pop(path, None)
+
+    def mount(self, column: Column) -> None:
+        """Make `column` act on the model's next forward. The work grows with the layers swapped, not with the adapters."""
+        placed = self._layers_for(column)
+        for path in self._placed:
+            if path not in placed:
+                site = self.sites[path]
+                site.parent._modules[site.child] = site.original
+        training = self.model.training
+        for path, layer in placed.items():
+            site = self.sites[path]
+            site.parent._modules[site.child] = layer
+            if layer.training != training:
+                layer.train(training)
+        self.column, self._placed = column, placed
+        self._announce(column.single)
+
+    def _layers_for(self, column: Column) -> dict[str, nn.Module]:
+        if column.is_base:
+            return {}
+        if column.single is not None:
+            return self.adapters[column.single].layers
+        from adapterlab.equation import Blend
+
+        parts: dict[str, list[tuple[nn.Module, str, float]]] = {}
+        for name, multiplier in column.parts:
+            for path, layer in self.adapters[name].layers.items():
+                parts.setdefault(path, []).append((layer, name, multiplier))
+        return {path: Blend(self.sites[path].original, here) for path, here in parts.items()}
+
+    def _announce(self, single: str | None) -> None:
+        if single is None:
+            self.model.__dict__.pop("peft_config", None)
+            self.model._hf_peft_config_loaded = False
+        else:
+            self.model.peft_config = {single: self.adapters[single].config}
+            self.model._hf_peft_config_loaded = True
+
+    def standing(self) -> dict[str, tuple[float, dict[str, nn.Module]]]:
+        """Adapter → (multiplier, PEFT's layers by path), read off the modules in the model now, not off what was asked."""
+        from adapterlab.equation import Blend
+
+        found: dict[str, tuple[float, dict[str, nn.Module]]] = {}
+        for path, site in self.sites.items():
+            layer: Any = site.parent._modules[site.child]
+            if layer is site.original:
+                continue
+            if isinstance(layer, Blend):
+                parts = list(layer.parts)
+            else:
+                off = getattr(layer, "_disable_adapters", False)
+                parts = [] if off else [(layer, name, 1.0) for name in layer.active_adapters]
+            for inner, name, multiplier in parts:
+                found.setdefault(name, (multiplier, {}))[1][path] = inner
+        return found
+
+    def drift(self) -> list[str]:
+        """What somebody did to the model behind the lab's back, in words; empty if nothing."""
+        said = []
+        expected = {} if self.column.single is None else {self.column.single}
+        natively = set(getattr(self.model, "peft_config", None) or {})
+        if natively != set(expected):
+            said.append(f"the model's own adapters were {sorted(natively)} where the lab had {sorted(expected)}")
+        for path, layer in self._placed.items():
+            site = self.sites[path]
+            here: Any = site.parent._modules.get(site.child)
+            if here is not layer:
+                said.append(f"{path} was replaced")
+            elif hasattr(layer, "merged") and here.merged:
+                said.append(f"{path} was merged")
+            elif hasattr(layer, "active_adapters") and list(here.active_adapters) != [self.column.single]:
+                said.append(f"{path} had {list(here.active_adapters)} active")
+            elif getattr(layer, "_disable_adapters", False):
+                said.append(f"{path} was disabled")
+        return said
+
+    def repair(self) -> None:
+        """Take out everything foreign, undo disabling and merging, and mount the lab's column again."""
+        for name, mounted in self.adapters.items():
+            for layer in mounted.layers.values():
+                heal(layer, name)
+        for site in self.sites.values():
+            site.parent._modules[site.child] = site.original
+        unwrap(self.model)
+        column, self._placed = self.column, {}
+        self.mount(column)
+
+    @contextlib.contextmanager
+    def _bare(self) -> Iterator[dict[nn.Module, dict[str, Any]]]:
+        """The bare base, and its children by module; afterwards the base as it was and the old column mounted."""
+        column = self.column
+        self.mount(Column())
+        model = self.model
+        children = {module: dict(module._modules) for module in model.modules()}
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        modes = [(module, module.training) for module in children]
+        try:
+            yield children
+        finally:
+            for module, before in children.items():
+                module._modules.clear()
+                module._modules.update(before)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for module, mode in modes:
+                module.training = mode
+            self._announce(None)
+            self.mount(column)
+
+    def _harvest(self, children: dict[nn.Module, dict[str, Any]], name: str) -> Mounted:
+        model, layers = self.model, {}
+        paths = {module: path for path, module in model.named_modules()}
+        base = {id(p) for module in children for p in module._parameters.values() if p is not None}
+        for parent, before in children.items():
+            if parent not in paths:
+                continue  # it stands inside a wrapper now, which was harvested whole
+            for child, original in before.items():
+                layer = parent._modules.get(child)
+                if layer is original or layer is None:
+                    continue
+                path = f"{paths[parent]}.{child}".lstrip(".")
+                layers[path] = layer
+                self.sites.setdefault(path, Site(parent, child, original))
+        if not layers:
+            raise AdapterLabError(f"PEFT put no layer of {name!r} into the model: check target_modules.")
+        trainable = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad and id(p) not in base]
+        return Mounted(layers, model.peft_config[name], list(dict.fromkeys(trainable)))
+
+
+def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) -> Any:
+    """PEFT's tuner around `model`, its layers injected in place; `empty` leaves their weights on the meta device.
+
+    The same steps as `peft.inject_adapter_in_model`, which gives back the model only: loading an AdaLoRA with a
+    `rank_pattern` needs the tuner's own resizing (issue 2).
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    config = copy.deepcopy(config)
+    config.inference_mode = False
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name, low_cpu_mem_usage=empty)
+
+
+def load_state(tuner: Any, state: dict[str, Any], name: str) -> None:
+    """Put an adapter's tensors (keys as PEFT saves them) into freshly injected layers, through PEFT's own loader."""
+    from peft import set_peft_model_state_dict
+
+    model = tuner.model
+    model.resize_modules_by_rank_pattern = getattr(tuner, "resize_modules_by_rank_pattern", None)
+    try:
+        set_peft_model_state_dict(model, state, adapter_name=name)
+    finally:
+        del model.resize_modules_by_rank_pattern
+
+
+def prefixed(state: dict[str, Any]) -> dict[str, Any]:
+    """The keys as plain PEFT writes and reads them, under `base_model.model.`."""
+    return {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
+
+
+def plain_peft(model: Any, config: PeftConfig, state: dict[str, Any], name: str) -> Any:
+    """A `PeftModel` around `model` with these tensors in it, by PEFT's public calls alone: the lab's second opinion."""
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    from adapterlab.quiet import quiet
+
+    with quiet():
+        plain = get_peft_model(model, config, adapter_name=name)
+        set_peft_model_state_dict(plain, prefixed(state), adapter_name=name)
+    return plain
+
+
+@contextlib.contextmanager
+def full_rank_pattern(config: Any) -> Iterator[None]:
+    """Hide AdaLoRA's `rank_pattern`: PEFT would cut tensors by it through a method that transformers models lack."""
+    pattern = getattr(config, "rank_pattern", None)
+    if pattern is None or getattr(config, "init_r", None) is None:
+        yield
+        return
+    config.rank_pattern = None
+    try:
+        yield
+    finally:
+        config.rank_pattern = pattern
+
+
+@contextlib.contextmanager
+def skeleton(model: Any) -> Iterator[Any]:
+    """A second structure over the same tensors: new modules, no new memory. What is put into it leaves `model` alone.
+
+    PEFT freezes the parameters it finds, and those are shared: their flags are restored at the end.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin.__dict__.pop("peft_config", None)
+    twin._hf_peft_config_loaded = False
+    try:
+        yield twin
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def unwrap(model: Any) -> None:
+    """Put every tuner layer's and wrapper's original module back into the model, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    while True:
+        wrapped = [
+            (parent, child, module)
+            for parent in model.modules()
+            for child, module in parent._modules.items()
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            and not isinstance(parent, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
+        if not wrapped:
+            return
+        for parent, child, module in wrapped:
+            if isinstance(module, BaseTunerLayer) and module.merged:
+                module.unmerge()
+            original = getattr(module, "base_layer", None)
+            parent._modules[child] = module.original_module if original is None else original
+
+
+def heal(layer: Any, name: str) -> None:
+    """Bring one tuner layer back to: only `name` in it, active, enabled, unmerged."""
+    if getattr(layer, "merged", False) and hasattr(layer, "unmerge"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # IA3 warns that dividing back is inexact; the lab says so itself
+            layer.unmerge()
+    for other in [a for a in getattr(layer, "_get_available_adapters", set)() if a != name]:
+        layer.delete_adapter(other)
+    if getattr(layer, "_disable_adapters", False):
+        layer.enable_adapters(True)
+    if hasattr(layer, "active_adapters") and list(layer.active_adapters) != [name]:
+        layer.set_adapter([name])

@@ -1,0 +1,173 @@
+"""Does this adapter fit this model? Read from the config and the weights file's header, before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.errors import AdapterLabError
+from adapterlab.methods import check_config, is_drawn
+from adapterlab.mounts import PREFIX, full_rank_pattern, inject, skeleton
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+_LISTED = 4  # how many keys a message names before it counts the rest
+
+
+@dataclass
+class Preflight:
+    """The verdict on one adapter: `problems` forbid loading it, `notes` are worth knowing.
+
+    `tensors` is how many of the layers' tensors the file holds, `expected` how many there are.
+    """
+
+    source: str
+    method: str
+    tensors: int = 0
+    expected: int = 0
+    parameters: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def raise_for_problems(self) -> None:
+        """Raise one `AdapterLabError` that lists all problems, if there are any."""
+        if self.problems:
+            raise AdapterLabError(f"{self.source!r} does not fit this model: " + " Also, ".join(self.problems))
+
+
+def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
+    """A `PeftConfig` of the raw JSON mapping; nothing that it names is imported or executed.
+
+    Raises `AdapterLabError` for a method, task or option that can't live in a lab, or values that PEFT refuses.
+    """
+    import warnings
+
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    check_config(raw, source)
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]
+    known = {key: value for key, value in raw.items() if key not in ("auto_mapping", "peft_version")}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # newer PEFT wrote this file
+            config: Any = cls.from_peft_type(**known)
+    except (TypeError, ValueError, KeyError) as error:
+        raise AdapterLabError(f"{source!r}: its adapter_config.json is not what {cls.__name__} takes: {error}") from error
+    config.inference_mode = True
+    return config
+
+
+def header_shapes(weights_file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape by key in an adapter's weights file (keys without PEFT's prefix), reading no tensor of a safetensors file."""
+    try:
+        if weights_file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(str(weights_file), framework="pt") as file:
+                return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        return {key: tuple(tensor.shape) for key, tensor in read_weights(weights_file).items()}
+    except AdapterLabError:
+        raise
+    except Exception as error:  # safetensors raises its own types, by version
+        raise AdapterLabError(f"{str(weights_file)!r} can't be read as adapter weights: {error}") from error
+
+
+def read_weights(weights_file: Path) -> dict[str, Any]:
+    """The tensors of an adapter's file on the CPU, keys without PEFT's prefix. A `.bin` is unpickled as weights only."""
+    import torch
+
+    try:
+        if weights_file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(str(weights_file))
+        else:
+            state = torch.load(weights_file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever its format's reader raises
+        raise AdapterLabError(f"{str(weights_file)!r} can't be read as adapter weights: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise AdapterLabError(f"{str(weights_file)!r} holds no plain mapping of names to tensors.")
+    return {key.removeprefix(PREFIX): value for key, value in state.items()}
+
+
+def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str, tuple[int, ...]]:
+    """Shape by key that an adapter with this config would save, found in a skeleton on the meta device.
+
+    `model` must be bare; it is left as it was, and no memory is taken for the adapter. Raises what PEFT raises.
+    """
+    from peft import get_peft_model_state_dict
+
+    with skeleton(model) as twin:
+        tuner = inject(config, twin, name, empty=True)
+        pattern = getattr(config, "rank_pattern", None)
+        if pattern and hasattr(tuner, "resize_modules_by_rank_pattern"):
+            tuner.resize_modules_by_rank_pattern(pattern, name)
+        with full_rank_pattern(twin.peft_config[name]):
+            state = get_peft_model_state_dict(twin, adapter_name=name, save_embedding_layers=False)
+        return {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def compute_preflight(
+    model: Any, config: PeftConfig, shapes: dict[str, tuple[int, ...]], source: str, base_path: str
+) -> Preflight:
+    """Compare what the file holds with what the model's layers would take; every mismatch is listed.
+
+    A key that no layer of this config owns is a problem, not a curiosity: PEFT would write it into the base.
+    """
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    flight = Preflight(source, method, expected=0)
+    try:
+        expected = expected_shapes(model, config, "preflight")
+    except Exception as error:  # whatever PEFT says of target_modules, ranks or layers is the verdict
+        flight.problems.append(f"PEFT can't put it into {type(model).__name__}: {_first_sentence(error)}")
+        return flight
+    flight.expected = len(expected)
+    foreign = [key for key in shapes if key not in expected]
+    matched = [key for key in shapes if key in expected]
+    flight.tensors = len(matched)
+    flight.parameters = sum(_numel(shapes[key]) for key in matched)
+    if foreign:
+        flight.problems.append(
+            f"{len(foreign)} of its {len(shapes)} tensors belong to no layer of its own config and would land in the "
+            f"base or nowhere: {_listed(foreign)}."
+        )
+    wrong = [key for key in matched if shapes[key] != expected[key]]
+    if wrong:
+        details = [f"{key} is {list(shapes[key])}, the model needs {list(expected[key])}" for key in wrong]
+        flight.problems.append(f"{len(wrong)} tensors have another shape ({_listed(details)}): it was made for another base.")
+    if not matched:
+        flight.problems.append("none of its tensors matches a layer of this model.")
+    missing = len(expected) - len(matched)
+    if matched and missing:
+        gone = [key for key in expected if key not in shapes]
+        said = f"{len(matched)} of {len(expected)} tensors loaded; missing from the file: {_listed(gone)}."
+        # A missing LoRA pair starts as zero and adds nothing, unless the config asks for random numbers.
+        (flight.problems if is_drawn(config) else flight.notes).append(said)
+    theirs = getattr(config, "base_model_name_or_path", None)
+    if theirs and base_path and theirs.rstrip("/") != base_path.rstrip("/"):
+        flight.notes.append(f"It names {theirs!r} as its base, this lab's is {base_path!r}.")
+    return flight
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _listed(items: list[str]) -> str:
+    rest = len(items) - _LISTED
+    return "; ".join(items[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"

@@ -1,0 +1,110 @@
+"""8-bit and 4-bit weights: the settings behind the two shorthands, and what keeps them right on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.errors import AdapterLabError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+SHORTHANDS = ("8bit", "4bit")
+
+
+def quantization_settings(
+    quantization: str | None, quantization_config: Any, device_map: Any = "auto"
+) -> Any:
+    """What to give to `from_pretrained` as `quantization_config`; None for none.
+
+    `"8bit"`: LLM.int8 with threshold 0, because with the default of 6 the outlier columns are looked for in
+    the whole batch, and so what one row says depends on its neighbours. `"4bit"`: nf4. Raises
+    `AdapterLabError` for another word, or when both are given.
+    """
+    if quantization is not None and quantization_config is not None:
+        raise AdapterLabError(
+            "quantization= is a shorthand for quantization_config=: give one of them, not both "
+            f"(got quantization={quantization!r})."
+        )
+    if quantization is None:
+        return quantization_config
+    if quantization not in SHORTHANDS:
+        raise AdapterLabError(
+            f"quantization={quantization!r} is unknown: use '8bit' or '4bit', or pass a quantization_config=."
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return _nf4(BitsAndBytesConfig, device_map)
+
+
+def _nf4(config_class: type[BitsAndBytesConfig], device_map: Any) -> BitsAndBytesConfig:
+    return config_class(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype(device_map)
+    )
+
+
+def _compute_dtype(device_map: Any) -> torch.dtype:
+    """What to multiply in: bfloat16 where the GPU has it, else float16; on a CPU float32, as fast there."""
+    import torch
+
+    on_cpu = str(device_map) == "cpu"
+    if torch.cuda.is_available() and not on_cpu:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if hasattr(torch, "xpu") and torch.xpu.is_available() and not on_cpu:
+        return torch.bfloat16
+    return torch.float32
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """`"8bit"`, `"4bit"`, another quantizer's name, or None for plain weights."""
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "8bit"
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4bit"
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or "quantized")
+
+
+def keep_4bit_unpacked(model: nn.Module) -> None:
+    """Forbid bitsandbytes to repack the model's 4-bit weights on a CPU; call it before the first forward.
+
+    With AVX512-BF16 `Linear4bit` reorders its weights in place at the first forward in eval mode, for a
+    faster kernel that has no backward: gradients through it vanish, and dequantizing gives garbage, without
+    an error.
+    """
+    for _, layer in _linear_4bit(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def refuse_packed_4bit(model: nn.Module) -> None:
+    """`AdapterLabError` if bitsandbytes has repacked its 4-bit weights already (see `keep_4bit_unpacked`)."""
+    packed = [name for name, layer in _linear_4bit(model) if _is_packed(layer)]
+    if packed:
+        raise AdapterLabError(
+            f"{len(packed)} 4-bit layers of this model ({packed[0]}, …) were repacked by bitsandbytes when "
+            "first run on the CPU: gradients and merged weights would be silently wrong. Load it again "
+            "and hand it over before its first forward, or give the lab its id and quantization='4bit'."
+        )
+
+
+def _linear_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    # Where bitsandbytes was never imported there are no layers of it; importing it takes a second.
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                yield name, module
+
+
+def _is_packed(layer: Any) -> bool:
+    states = (getattr(layer.weight, "quant_state", None), getattr(layer, "quant_state", None))
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)

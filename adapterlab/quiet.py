@@ -1,0 +1,79 @@
+"""Keep third-party chatter out of people's notebooks, and nothing else: real warnings stay visible."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What each logger says again and again, though there is nothing that the reader could do about it.
+KNOWN_NOISE = {
+    # once, when bitsandbytes is imported on a CPU with AVX512: it has a slower kernel of its own
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # once per layer and token with 8-bit weights: the cast is how it works
+    "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
+}
+_LOUD_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft", "torch", "transformers")
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
+
+
+class _NoiseFilter(logging.Filter):
+    """Drops the records whose message begins with one of `beginnings`."""
+
+    def __init__(self, beginnings: tuple[str, ...]) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.beginnings)
+
+
+def silence_known_noise() -> None:
+    """Filter the lines of `KNOWN_NOISE` out, for good; imports nothing, and calling it again changes nothing.
+
+    Each filter sits on the one logger that says the line, so everything else that it says still comes
+    through.
+    """
+    for name, beginnings in KNOWN_NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _NoiseFilter) for known in logger.filters):
+            logger.addFilter(_NoiseFilter(beginnings))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """In the block, the loggers of the libraries underneath say errors only, and warnings are ignored.
+
+    For attempts whose failure is expected. Levels and warning filters are as before afterwards, also after an
+    exception. Progress bars are left alone.
+    """
+    loggers = [logging.getLogger(name) for name in _LOUD_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def no_conversion_requests() -> Iterator[None]:
+    """In the block, transformers does not ask the Hub from a background thread to convert pickled weights.
+
+    It would open a pull request on someone's repository, and talk about it in the middle of the notebook.
+    Whoever has set the variable is obeyed.
+    """
+    before = os.environ.get(_NO_CONVERSION)
+    if before is None:
+        os.environ[_NO_CONVERSION] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_NO_CONVERSION, None)

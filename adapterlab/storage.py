@@ -1,0 +1,76 @@
+"""An adapter to disk: one folder that plain PEFT loads, written beside and renamed, so that no half file is ever read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.errors import AdapterLabError
+from adapterlab.mounts import prefixed
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_OWN_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+def write_adapter(folder: Path, config: PeftConfig, state: dict[str, Any], base_path: str) -> Path:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`, replacing an adapter that is there.
+
+    Keys are plain PEFT's, whatever else the lab holds. Raises `AdapterLabError` if the folder holds other things or
+    can't be written; then what was there is still there.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder).expanduser()
+    check_target(folder)
+    config.inference_mode = True
+    if not getattr(config, "base_model_name_or_path", None):
+        config.base_model_name_or_path = base_path
+    beside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+        os.chmod(beside, 0o755)
+        tensors = {key: value.contiguous().clone() for key, value in prefixed(state).items()}
+        save_file(tensors, str(beside / "adapter_model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(str(beside))
+        json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
+        replace_folder(beside, folder)
+    except OSError as error:
+        raise AdapterLabError(f"{str(folder)!r} can't be written: {error.strerror or error}.") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def check_target(folder: Path, own: set[str] = _OWN_FILES, what: str = "an adapter") -> None:
+    """Raise `AdapterLabError` unless `folder` is new, empty, or holds nothing but what a save would write."""
+    if folder.exists() and not folder.is_dir():
+        raise AdapterLabError(f"{str(folder)!r} is a file: name a folder to save {what} in.")
+    strange = sorted({item.name for item in folder.iterdir()} - own) if folder.is_dir() else []
+    if strange:
+        raise AdapterLabError(
+            f"{str(folder)!r} holds other things ({', '.join(strange[:4])}): name an empty or a new folder."
+        )
+
+
+def replace_folder(beside: Path, folder: Path) -> None:
+    """Put `beside` where `folder` is: a reader finds the old one or the new one, and for an instant none, never half."""
+    if not folder.exists():
+        os.rename(beside, folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
+    os.rename(folder, old / folder.name)
+    try:
+        os.rename(beside, folder)
+    except BaseException:
+        os.rename(old / folder.name, folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
