@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
 
 if TYPE_CHECKING:
+    from adapterlab.comparison import Comparison, Generation, TokenEvent
     from adapterlab.lab import AdapterLab
-
-    from adapterlab.comparison import Comparison, TokenEvent
 
 NOTEBOOK = "quickstart.ipynb"
 COPY_NAME = "adapterlab-quickstart.ipynb"
@@ -56,13 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "JupyterLab opens on the quickstart notebook, unless --headless is given or nobody is at a terminal.",
     )
     demo.add_argument("--prompt", help="the question (default: the demo's first)")
-    demo.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="at most this many per column (64)"
-    )
+    demo.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most this many per column (64)")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="dice for sampling (0)")
-    demo.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)"
-    )
+    demo.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     demo.add_argument("--headless", action="store_true", help="print the comparison and end")
     demo.set_defaults(run=run_demo)
     return parser
@@ -89,7 +84,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     return open_notebook() if interactive else 0
 
 
-def print_comparison(lab: AdapterLab, prompt: str, **settings: float) -> Comparison:
+def print_comparison(lab: AdapterLab, prompt: str, **settings: Any) -> Comparison:
     """Generate and print the columns side by side; until they are there, stderr shows how far each has come."""
     print(lab.status())
     print(f"\nAsked: {_printable(prompt)}\n", flush=True)
@@ -123,25 +118,19 @@ def side_by_side(comparison: Comparison, width: int) -> str:
     generations = [g for g in comparison.generations if g.prompt_index == 0]
     beside = max(1, min(len(generations), (width + GAP) // (NARROWEST + GAP)))
     each = max((width + GAP) // beside - GAP, 1)
-    blocks = []
-    for start in range(0, len(generations), beside):
-        columns = []
-        for generation in generations[start : start + beside]:
-            speed = f"{generation.new_tokens} tokens, {generation.tokens_per_second:.1f}/s, {generation.finish_reason}"
-            proof = f"weights {generation.weights_digest[:8]}, logit shift {generation.logit_shift:.3g}"
-            text = _wrap(generation.text, each)
-            columns.append(
-                [
-                    *_wrap(generation.column, each),
-                    "─" * each,
-                    *text,
-                    "",
-                    *_wrap(speed, each),
-                    *_wrap(proof, each),
-                ]
-            )
-        blocks.append(_beside(columns, each))
+    columns = [_column_lines(generation, each) for generation in generations]
+    blocks = [_beside(columns[start : start + beside], each) for start in range(0, len(columns), beside)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _column_lines(generation: Generation, width: int) -> list[str]:
+    facts = [
+        f"{generation.new_tokens} tokens, {generation.tokens_per_second:.1f}/s, {generation.finish_reason}",
+        f"weights {generation.weights_digest[:8]}",
+        f"logit shift {generation.logit_shift:.3g}",
+    ]
+    proof = [line for fact in facts for line in _wrap(fact, width)]
+    return [*_wrap(generation.column, width), "─" * width, *_wrap(generation.text, width), "", *proof]
 
 
 def open_notebook() -> int:
@@ -178,15 +167,13 @@ def copy_notebook(folder: Path) -> Path:
             return path
         except OSError as error:
             reason = error
-    raise AdapterLabError(
-        f"The notebook could not be copied to {path} ({reason}): change into a folder of your own."
-    )
+    raise AdapterLabError(f"The notebook could not be copied to {path} ({reason}): change into a folder of your own.")
 
 
 def notebook_source() -> Path:
-    """The quickstart notebook as it came: inside the installed package, or in the repository beside it."""
-    package = Path(__file__).resolve().parent
-    for path in (package / "notebooks" / NOTEBOOK, package.parent / "notebooks" / NOTEBOOK):
+    """The quickstart notebook as it came: in the repository beside the package, or where a wheel put it."""
+    beside = Path(__file__).resolve().parent.parent / "notebooks"
+    for path in (beside / NOTEBOOK, Path(sys.prefix) / "share" / "adapterlab" / NOTEBOOK):
         if path.is_file():
             return path
     raise AdapterLabError(f"This installation of AdapterLab has no {NOTEBOOK}: install it again.")
@@ -211,8 +198,7 @@ def _beside(columns: list[list[str]], width: int) -> str:
 
     gap = " " * GAP
     return "\n".join(
-        gap.join(f"{line:<{width}}" for line in lines).rstrip()
-        for lines in zip_longest(*columns, fillvalue="")
+        gap.join(f"{line:<{width}}" for line in lines).rstrip() for lines in zip_longest(*columns, fillvalue="")
     )
 
 

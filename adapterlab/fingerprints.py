@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_BLOCK = 1024  # int64 words summed at a time in the base's checksum
+_BLOCK = 1024  # int64 words in a row of the base's checksum
 
 
 def adapter_digest(layers: Mapping[str, nn.Module], name: str) -> str:
@@ -42,17 +42,16 @@ def adapter_tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     for key in sorted(own):
         words = key.split(".")
-        if words[0] not in ("base_layer", "original_module", "token_adapter") and name in words:
-            yield ".".join(word for word in words if word != name), own[key].detach()
-        elif words[0] == "token_adapter" and name in words and "base_layer" not in words:
+        of_base = words[0] in ("base_layer", "original_module") or "base_layer" in words
+        if name in words and not of_base:
             yield ".".join(word for word in words if word != name), own[key].detach()
 
 
 def base_digest(model: nn.Module) -> str:
     """Hex checksum of a bare model's weights, quantization statistics included.
 
-    Sums of 8 kB blocks, hashed in order: any changed value is seen, and so are exchanged rows or tensors; only an
-    exchange of 8-byte words inside one block is not. About 20 ms for 538 MB.
+    Each tensor's bytes are laid in a grid, 1024 words wide; the sums of its rows and of its columns are hashed. Any
+    changed value is seen, and any exchange but one that keeps all those sums. Tens of milliseconds for 538 MB.
     """
     total = hashlib.blake2b(digest_size=16)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -80,8 +79,8 @@ def _block_sums(tensor: Tensor) -> bytes:
         return b"meta"  # offloaded by accelerate: not resident, so its content can't be read here
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     whole = flat.numel() // (8 * _BLOCK) * (8 * _BLOCK)
-    sums = flat[:whole].view(torch.int64).view(-1, _BLOCK).sum(dim=1)
-    return _bytes(sums) + _bytes(flat[whole:])
+    grid = flat[:whole].view(torch.int64).view(-1, _BLOCK)
+    return _bytes(grid.sum(dim=1)) + _bytes(grid.sum(dim=0)) + _bytes(flat[whole:])
 
 
 def _bytes(tensor: Tensor) -> bytes:

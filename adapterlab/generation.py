@@ -82,7 +82,9 @@ def _generate(run: Run, index: int, prompt: Prompt, column: Column, base: str) -
 
     model, tokenizer = run.adapters.model, run.tokenizer
     standing = run.adapters.mounts.standing()
-    digest = column_digest((m, adapter_digest(layers, name)) for name, (m, layers) in standing.items()) if standing else base
+    digest = (
+        column_digest((m, adapter_digest(layers, name)) for name, (m, layers) in standing.items()) if standing else base
+    )
     out, stream = Decoded(), _Stream(run, index, column.label)
     sampler = Sampler(run.settings.seed, run.settings.temperature, prompt.ids)
     ids = torch.tensor([prompt.ids], device=_input_device(model))
@@ -154,7 +156,11 @@ def _first_logits(run: Run, prompt: Prompt) -> Tensor:
         ids = torch.tensor([prompt.ids], device=_input_device(model))
         decoder = make_decoder(Sampler(0, 0.0, prompt.ids), never, out, lambda token, reason: None)
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, max_new_tokens=1, do_sample=False
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            custom_generate=decoder,
+            max_new_tokens=1,
+            do_sample=False,
         )
     assert out.first_logits is not None
     return out.first_logits
@@ -191,7 +197,11 @@ def compute_logprobs(model: Any, prompt_ids: Sequence[int], token_ids: Sequence[
 def decoder_start(model: Any) -> int:
     """The id that starts a decoder, as `generate` would choose it."""
     config = model.generation_config
-    for value in (config.decoder_start_token_id, getattr(model.config, "decoder_start_token_id", None), config.bos_token_id):
+    for value in (
+        config.decoder_start_token_id,
+        getattr(model.config, "decoder_start_token_id", None),
+        config.bos_token_id,
+    ):
         if value is not None:
             return int(value)
     raise AdapterLabError(f"{type(model).__name__} names no decoder_start_token_id: set it in model.generation_config.")

@@ -75,8 +75,7 @@ def adapter_files(place: Place) -> AdapterFiles:
     weights = [name for name in ADAPTER_WEIGHTS if name in place.names]
     if not weights:
         raise AdapterLabError(
-            f"The adapter {place.source} has no weights ({' or '.join(ADAPTER_WEIGHTS)} is missing). "
-            f"{place.holds()}"
+            f"The adapter {place.source} has no weights ({' or '.join(ADAPTER_WEIGHTS)} is missing). {place.holds()}"
         )
     return AdapterFiles(
         folder=config_file.parent,
@@ -100,14 +99,16 @@ def locate_base(place: Place, files: AdapterFiles) -> Place:
             f"The adapter {files.source} doesn't say which model it is for (base_model_name_or_path in "
             f"{ADAPTER_CONFIG} is {name!r}): {remedy}"
         )
-    target: str | Path = name
-    if place.folder is not None and not Path(name).expanduser().is_dir():
-        beside = [folder / name for folder in (files.folder.parent, files.folder) if (folder / name).is_dir()]
-        target = beside[0] if beside else name
+    candidates = [Path(name).expanduser()]
+    if place.folder is not None:
+        candidates += [files.folder.parent / name, files.folder / name]
+    folders = [folder for folder in candidates if folder.is_dir()]
+    models = [folder for folder in folders if (folder / MODEL_CONFIG).is_file()]
+    folder = next(iter([*models, *folders]), None)
     try:
         base = locate(
-            target,
-            revision=None if Path(target).expanduser().is_dir() else files.config.get("revision"),
+            folder or name,
+            revision=None if folder else files.config.get("revision"),
             token=place.token,
             local_files_only=place.local_files_only,
             cache_dir=place.cache_dir,
@@ -119,9 +120,7 @@ def locate_base(place: Place, files: AdapterFiles) -> Place:
         ) from error
     if not base.is_model:
         what = (
-            "is an adapter itself: merge it into its model first"
-            if base.is_adapter
-            else f"is no model. {base.holds()}"
+            "is an adapter itself: merge it into its model first" if base.is_adapter else f"is no model. {base.holds()}"
         )
         raise AdapterLabError(f"The adapter {files.source} is for {name!r}, but that {what}")
     return base
@@ -132,15 +131,9 @@ def _read_config(path: Path, source: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterLabError(
-            f"{ADAPTER_CONFIG} of {source} is not valid JSON ({error}): {remedy}"
-        ) from error
+        raise AdapterLabError(f"{ADAPTER_CONFIG} of {source} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(config, dict):
-        raise AdapterLabError(
-            f"{ADAPTER_CONFIG} of {source} holds a {type(config).__name__}, not an object: {remedy}"
-        )
+        raise AdapterLabError(f"{ADAPTER_CONFIG} of {source} holds a {type(config).__name__}, not an object: {remedy}")
     if not isinstance(config.get("peft_type"), str):
-        raise AdapterLabError(
-            f"{ADAPTER_CONFIG} of {source} has no peft_type, so it isn't a PEFT adapter's: {remedy}"
-        )
+        raise AdapterLabError(f"{ADAPTER_CONFIG} of {source} has no peft_type, so it isn't a PEFT adapter's: {remedy}")
     return config

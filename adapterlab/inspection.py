@@ -38,7 +38,7 @@ def count_bytes(tensor: Any) -> int:
     state = getattr(tensor, "quant_state", None)
     for part in (state, getattr(state, "state2", None)):
         for label in ("absmax", "code", "offset"):
-            extra = getattr(part, label, None)
+            extra: Any = getattr(part, label, None)
             total += extra.numel() * extra.element_size() if hasattr(extra, "numel") else 0
     scale = getattr(tensor, "SCB", None)
     return total + (scale.numel() * scale.element_size() if scale is not None else 0)
@@ -86,7 +86,18 @@ def summary_frame(adapters: Adapters) -> pd.DataFrame:
                 "status": info.status,
             }
         )
-    columns = "adapter method r parameters megabytes share multiplier active trainable status".split()
+    columns = [
+        "adapter",
+        "method",
+        "r",
+        "parameters",
+        "megabytes",
+        "share",
+        "multiplier",
+        "active",
+        "trainable",
+        "status",
+    ]
     return pd.DataFrame(rows, columns=columns).astype({"r": "Int64"})
 
 

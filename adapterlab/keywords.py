@@ -92,8 +92,4 @@ def _verdict(name: str) -> str:
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return (
-        f" (did you mean {near[0]}=?)"
-        if near
-        else ": AdapterLab takes transformers' from_pretrained keywords"
-    )
+    return f" (did you mean {near[0]}=?)" if near else ": AdapterLab takes transformers' from_pretrained keywords"

@@ -205,20 +205,25 @@ class AdapterLab:
         weights: list[float],
         adapter_name: str,
         combination_type: str = "cat",
+        density: float | None = None,
     ) -> None:
         """Make one LoRA of several and select it; the others stay.
 
         "cat" equals the blend {adapter: weight} to rounding, rsLoRA and rank patterns included, or is refused. PEFT's
         other types (linear, svd, ties, …) are available for plain LoRA and are approximations of it, called so in
-        `source`.
+        `source`; those that prune want `density`, the share of values to keep.
         """
         from adapterlab import merging
 
         names, numbers = list(adapters), list(weights)
         if len(names) != len(numbers):
-            raise AdapterLabError(f"{len(names)} adapters and {len(numbers)} weights: give one weight for each adapter.")
+            raise AdapterLabError(
+                f"{len(names)} adapters and {len(numbers)} weights: give one weight for each adapter."
+            )
         if combination_type != "cat" and combination_type not in merging.APPROXIMATE:
-            raise AdapterLabError(f"{combination_type!r} is none of PEFT's: use 'cat' or {', '.join(merging.APPROXIMATE)}.")
+            raise AdapterLabError(
+                f"{combination_type!r} is none of PEFT's: use 'cat' or {', '.join(merging.APPROXIMATE)}."
+            )
         for name in names:  # a dict would swallow a name given twice
             if names.count(name) > 1:
                 raise AdapterLabError(f"{name!r} stands twice: give it one weight.")
@@ -230,7 +235,7 @@ class AdapterLab:
             config, state = merging.concatenated(self._adapters, column)
             source = f"equals {column.label}"
         else:
-            config, state = merging.approximated(self._adapters, column, adapter_name, combination_type)
+            config, state = merging.approximated(self._adapters, column, adapter_name, combination_type, density)
             source = f"approximates {column.label} by {combination_type}"
         self._adapters.take_made(config, adapter_name, state, source)
         self._tell("adapters")
@@ -248,7 +253,9 @@ class AdapterLab:
         if folder is not None:
             target = Path(folder).expanduser()
             if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise AdapterLabError(f"{str(target)!r} holds something already: name a new folder for the merged model.")
+                raise AdapterLabError(
+                    f"{str(target)!r} holds something already: name a new folder for the merged model."
+                )
             plain.save_pretrained(str(target))
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(str(target))
@@ -336,7 +343,9 @@ class AdapterLab:
 
     # -- generate, compare, verify -----------------------------------------------------------------------------
 
-    def generate(self, prompt: PromptLike, column: ColumnLike | Literal["selection"] = "selection", **settings: Any) -> Generation:
+    def generate(
+        self, prompt: PromptLike, column: ColumnLike | Literal["selection"] = "selection", **settings: Any
+    ) -> Generation:
         """What one column says to one prompt; without `column`, what acts now. Settings as in `compare`."""
         from adapterlab.adapters import ACTS_NOW
 
@@ -369,8 +378,18 @@ class AdapterLab:
         Depends on neither selection nor enabled, and changes neither. `lab.stop()` ends it within a token. The result
         is also in `lab.last` and `lab.history`.
         """
-        passed = dict(seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-        return self._compare(prompt, columns, chat=chat, on_token=on_token, **passed, **generation)
+        return self._compare(
+            prompt,
+            columns,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            chat=chat,
+            on_token=on_token,
+            **generation,
+        )
 
     @_exclusive
     def _compare(
@@ -393,7 +412,12 @@ class AdapterLab:
         from adapterlab.settings import Settings
 
         settings = Settings.of(
-            seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, extra=generation
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            extra=generation,
         )
         wanted = self._adapters.columns(columns)
         prompts = render_prompts(self._tokenizer, prompt, chat)
@@ -421,7 +445,9 @@ class AdapterLab:
         if comparison is None:
             raise AdapterLabError("Nothing to verify yet: run lab.compare(…) first.")
         if comparison.model.get("name") != self.name:
-            raise AdapterLabError(f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}.")
+            raise AdapterLabError(
+                f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}."
+            )
         from adapterlab.inspection import base_size
 
         dtype = "quantised" if self._quantization else base_size(self._adapters)[2]
@@ -447,7 +473,9 @@ class AdapterLab:
 
         pending = wait(list(self._futures), timeout=timeout).not_done
         if pending:
-            raise AdapterLabError(f"{len(pending)} piece(s) of work still run after {timeout} s: lab.stop() ends generation.")
+            raise AdapterLabError(
+                f"{len(pending)} piece(s) of work still run after {timeout} s: lab.stop() ends generation."
+            )
 
     # -- looking -----------------------------------------------------------------------------------------------
 

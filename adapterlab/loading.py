@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterFiles", "LoadedBase", "load_base", "make_safe_name", "resolve_adapter"]
 
-SUPPORTED = (
-    "A lab takes causal language models (GPT, Llama, OPT, …) and sequence-to-sequence ones (T5, BART, …)"
-)
+SUPPORTED = "A lab takes causal language models (GPT, Llama, OPT, …) and sequence-to-sequence ones (T5, BART, …)"
 # A subfolder that no repository has, so that transformers finds no adapter to hang on the model by itself.
 _NO_ADAPTER = {"subfolder": ".no-adapter"}
 
@@ -117,8 +115,7 @@ def _load(place: Place, tokenizer: Any, options: dict[str, Any], quantization_co
         base = place if place.is_model else locate_base(place, adapter)
     elif not place.is_model and not from_gguf:
         raise AdapterLabError(
-            f"{place.source} is neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}). "
-            f"{place.holds()}"
+            f"{place.source} is neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}). {place.holds()}"
         )
     with explained(base):
         config = _read_config(base, options)
@@ -182,9 +179,7 @@ def _auto_class(config: PretrainedConfig, title: str, trust_remote_code: bool) -
             return auto_class
     # Some configs name no head ("BartModel"), or nothing. Tied embeddings are a head all the same.
     bare = auto.MODEL_MAPPING_NAMES.get(config.model_type)
-    headless = not architectures or (
-        architectures == [bare] and getattr(config, "tie_word_embeddings", False)
-    )
+    headless = not architectures or (architectures == [bare] and getattr(config, "tie_word_embeddings", False))
     if headless and config.is_encoder_decoder and config.model_type in seq2seq:
         return AutoModelForSeq2SeqLM
     encoders = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -237,9 +232,7 @@ def _plain_model(model: Any) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     if isinstance(model, PeftModel):
-        prompts = [
-            str(config.peft_type) for config in model.peft_config.values() if config.is_prompt_learning
-        ]
+        prompts = [str(config.peft_type) for config in model.peft_config.values() if config.is_prompt_learning]
         if prompts:
             method = prompts[0].removeprefix("PeftType.")
             raise AdapterLabError(
@@ -254,14 +247,8 @@ def _plain_model(model: Any) -> PreTrainedModel:
             (name for name in ("model", "module") if isinstance(getattr(model, name, None), PreTrainedModel)),
             "",
         )
-        what = (
-            f"The class {model.__name__}" if isinstance(model, type) else f"A {type(model).__name__} object"
-        )
-        hint = (
-            f" Give its .{inner}."
-            if inner
-            else " Give a Hub id, a folder, a transformers model or a PeftModel."
-        )
+        what = f"The class {model.__name__}" if isinstance(model, type) else f"A {type(model).__name__} object"
+        hint = f" Give its .{inner}." if inner else " Give a Hub id, a folder, a transformers model or a PeftModel."
         raise AdapterLabError(f"{what} is no model that a lab can work with.{hint}")
     if not model.can_generate() or model.main_input_name != "input_ids":
         raise AdapterLabError(f"{type(model).__name__} generates no text from text. {SUPPORTED}.")

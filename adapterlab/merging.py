@@ -67,20 +67,26 @@ def concatenated(adapters: Adapters, column: Column) -> tuple[PeftConfig, dict[s
     return config, state
 
 
-def approximated(adapters: Adapters, column: Column, name: str, combination_type: str) -> tuple[PeftConfig, dict[str, Any]]:
+def approximated(
+    adapters: Adapters, column: Column, name: str, combination_type: str, density: float | None
+) -> tuple[PeftConfig, dict[str, Any]]:
     """What PEFT's own `add_weighted_adapter` makes of the column: not the blend, but one of its approximations.
 
     Plain LoRA only, in a structure of its own; the model is left alone. Raises `AdapterLabError` with PEFT's reason.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    if density is None and not combination_type.startswith(("linear", "svd")):
+        raise AdapterLabError(f"{combination_type!r} prunes: say how much to keep, as in density=0.5 (above 0, at most 1).")
     for other in column.names:
         config: Any = adapters.mounts.adapters[other].config
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         hidden = [flag for flag in ("use_rslora", "use_dora", "lora_bias") if getattr(config, flag, False)]
         if kind != "LORA" or hidden:
             why = f"it uses {', '.join(hidden)}, which PEFT silently gets wrong there" if hidden else f"it is {kind}"
-            raise AdapterLabError(f"{other!r} can't take part in {combination_type!r}: {why}. 'cat' is exact where it applies.")
+            raise AdapterLabError(
+                f"{other!r} can't take part in {combination_type!r}: {why}. 'cat' is exact where it applies."
+            )
     with adapters.using(None) as model, skeleton(model) as twin:
         plain: Any = None
         for other in column.names:
@@ -92,7 +98,11 @@ def approximated(adapters: Adapters, column: Column, name: str, combination_type
                 set_peft_model_state_dict(plain, prefixed(state), adapter_name=other)
         try:
             plain.base_model.add_weighted_adapter(
-                list(column.names), [m for _, m in column.parts], name, combination_type=combination_type
+                list(column.names),
+                [multiplier for _, multiplier in column.parts],
+                name,
+                combination_type=combination_type,
+                density=density,
             )
         except (ValueError, KeyError) as error:
             raise AdapterLabError(f"PEFT can't combine them by {combination_type!r}: {error}") from error

@@ -160,11 +160,11 @@ class Mounts:
             here: Any = site.parent._modules.get(site.child)
             if here is not layer:
                 said.append(f"{path} was replaced")
-            elif hasattr(layer, "merged") and here.merged:
+            elif getattr(here, "merged", False):
                 said.append(f"{path} was merged")
-            elif hasattr(layer, "active_adapters") and list(here.active_adapters) != [self.column.single]:
+            elif hasattr(here, "active_adapters") and list(here.active_adapters) != [self.column.single]:
                 said.append(f"{path} had {list(here.active_adapters)} active")
-            elif getattr(layer, "_disable_adapters", False):
+            elif getattr(here, "_disable_adapters", False):
                 said.append(f"{path} was disabled")
         return said
 
@@ -217,7 +217,9 @@ class Mounts:
                 self.sites.setdefault(path, Site(parent, child, original))
         if not layers:
             raise AdapterLabError(f"PEFT put no layer of {name!r} into the model: check target_modules.")
-        trainable = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad and id(p) not in base]
+        trainable = [
+            p for layer in layers.values() for p in layer.parameters() if p.requires_grad and id(p) not in base
+        ]
         return Mounted(layers, model.peft_config[name], list(dict.fromkeys(trainable)))
 
 
@@ -231,7 +233,11 @@ def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) ->
 
     config = copy.deepcopy(config)
     config.inference_mode = False
-    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name, low_cpu_mem_usage=empty)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name, low_cpu_mem_usage=empty)
+    # As PeftModel does before it loads weights; native injection leaves adapters in a half-precision base's dtype,
+    # where they would be rounded and could not be trained (issue 2).
+    tuner._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
+    return tuner
 
 
 def load_state(tuner: Any, state: dict[str, Any], name: str) -> None:
@@ -239,7 +245,12 @@ def load_state(tuner: Any, state: dict[str, Any], name: str) -> None:
     from peft import set_peft_model_state_dict
 
     model = tuner.model
-    model.resize_modules_by_rank_pattern = getattr(tuner, "resize_modules_by_rank_pattern", None)
+
+    def resize(pattern: dict[str, Any], adapter_name: str) -> None:
+        # PEFT tells from `adapter_name in key` whether a key ends in the name, so "s" would be found in any (issue 2).
+        tuner.resize_modules_by_rank_pattern({f"{key}.{adapter_name}": mask for key, mask in pattern.items()}, adapter_name)
+
+    model.resize_modules_by_rank_pattern = resize
     try:
         set_peft_model_state_dict(model, state, adapter_name=name)
     finally:

@@ -92,9 +92,7 @@ class Place:
         shown = sorted(self.names)[:12]
         more = f" and {len(self.names) - len(shown)} more" if len(self.names) > len(shown) else ""
         files = f"It holds: {', '.join(shown)}{more}." if shown else "It holds no files of its own."
-        hint = (
-            f" There is an adapter in it: pass subfolder={self.below[0]!r}." if len(self.below) == 1 else ""
-        )
+        hint = f" There is an adapter in it: pass subfolder={self.below[0]!r}." if len(self.below) == 1 else ""
         if len(self.below) > 1:
             hint = f" There are adapters in it: pass subfolder= one of {', '.join(map(repr, self.below))}."
         return files + hint
@@ -117,9 +115,7 @@ def locate(
     """
     typed, path = os.fspath(model), Path(os.fspath(model)).expanduser()
     if not typed.strip():
-        raise AdapterLabError(
-            "The name of the model is empty: give a Hub id such as 'facebook/opt-350m', or a folder."
-        )
+        raise AdapterLabError("The name of the model is empty: give a Hub id such as 'facebook/opt-350m', or a folder.")
     if path.is_dir():
         if revision is not None:
             raise AdapterLabError(
@@ -215,14 +211,10 @@ def _hub_place(asked: Place, tell: bool) -> Place:
     prefix = f"{asked.subfolder}/" if asked.subfolder else ""
     paths = [file.rfilename for file in info.siblings or ()]
     inside = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
-    adapters = (
-        path.removesuffix(f"/{ADAPTER_CONFIG}") for path in inside if path.endswith(f"/{ADAPTER_CONFIG}")
-    )
+    adapters = (path.removesuffix(f"/{ADAPTER_CONFIG}") for path in inside if path.endswith(f"/{ADAPTER_CONFIG}"))
     if prefix and not inside:
         raise AdapterLabError(f"{asked.typed} on the Hub has no subfolder {asked.subfolder!r}.")
-    return replace(
-        asked, names=frozenset(path for path in inside if "/" not in path), below=tuple(sorted(adapters))
-    )
+    return replace(asked, names=frozenset(path for path in inside if "/" not in path), below=tuple(sorted(adapters)))
 
 
 def _cached_place(asked: Place) -> Place:
@@ -281,13 +273,15 @@ def _explanation(error: Exception, place: Place) -> str:
         )
     if any_is(hub.HFValidationError):
         return f"{name!r} is neither a folder here nor a Hub id: a Hub id looks like 'facebook/opt-350m'."
-    if any_is(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+    if any_is(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) or (place.offline and any_is(OSError)):
         why = place.offline or "the Hub cannot be reached"
         forbids = " forbids asking the Hub" if why == "local_files_only=True" else ""
         return (
             f"{name} is not in the local cache, or not wholly, and {why}{forbids}; "
             "load it once while online, or give a local folder."
         )
+    if "out of memory" in str(error).lower() or any_is(MemoryError):
+        return f"{place.source} does not fit into memory: try quantization='8bit' or '4bit', or a smaller model."
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{place.source} could not be loaded: {type(error).__name__}: {first_line}"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
 from adapterlab.methods import check_config, is_drawn
-from adapterlab.mounts import PREFIX, full_rank_pattern, inject, skeleton
+from adapterlab.mounts import PREFIX, full_rank_pattern, inject, skeleton, unwrap
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -59,7 +59,9 @@ def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # newer PEFT wrote this file
             config: Any = cls.from_peft_type(**known)
     except (TypeError, ValueError, KeyError) as error:
-        raise AdapterLabError(f"{source!r}: its adapter_config.json is not what {cls.__name__} takes: {error}") from error
+        raise AdapterLabError(
+            f"{source!r}: its adapter_config.json is not what {cls.__name__} takes: {error}"
+        ) from error
     config.inference_mode = True
     return config
 
@@ -71,7 +73,7 @@ def header_shapes(weights_file: Path) -> dict[str, tuple[int, ...]]:
             from safetensors import safe_open
 
             with safe_open(str(weights_file), framework="pt") as file:
-                return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
         return {key: tuple(tensor.shape) for key, tensor in read_weights(weights_file).items()}
     except AdapterLabError:
         raise
@@ -105,13 +107,42 @@ def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str
     from peft import get_peft_model_state_dict
 
     with skeleton(model) as twin:
-        tuner = inject(config, twin, name, empty=True)
-        pattern = getattr(config, "rank_pattern", None)
-        if pattern and hasattr(tuner, "resize_modules_by_rank_pattern"):
-            tuner.resize_modules_by_rank_pattern(pattern, name)
+        inject_without_memory(config, twin, name)
         with full_rank_pattern(twin.peft_config[name]):
             state = get_peft_model_state_dict(twin, adapter_name=name, save_embedding_layers=False)
-        return {key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in state.items()}
+        return _shrunk({key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in state.items()}, config)
+
+
+def _shrunk(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:
+    """AdaLoRA's saved shapes: `rank_pattern` names each lora_E with a mask of the triplets that were kept."""
+    if not hasattr(config, "init_r"):
+        return shapes
+    for key, mask in (config.rank_pattern or {}).items():
+        path = key.removeprefix(PREFIX).partition(".lora_E")[0]
+        if not isinstance(mask, list) or f"{path}.lora_E" not in shapes:
+            raise AdapterLabError(f"its rank_pattern names {key!r}, which is no AdaLoRA layer of this model.")
+        kept = sum(bool(item) for item in mask)
+        shapes[f"{path}.lora_E"] = (kept, 1)
+        shapes[f"{path}.lora_A"] = (kept, shapes[f"{path}.lora_A"][1])
+        shapes[f"{path}.lora_B"] = (shapes[f"{path}.lora_B"][0], kept)
+    return shapes
+
+
+def inject_without_memory(config: PeftConfig, twin: Any, name: str) -> Any:
+    """PEFT's tuner around `twin`, its weights on the meta device.
+
+    PEFT's `low_cpu_mem_usage` alone makes each tensor for real and throws it away, so an absurd rank would take the
+    memory; and IA3 over quantised layers can't stay on meta at all: its few vectors are made for real (issue 2).
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return inject(config, twin, name, empty=True)
+    except NotImplementedError:
+        unwrap(twin)
+        twin.__dict__.pop("peft_config", None)
+        return inject(config, twin, name)
 
 
 def compute_preflight(
@@ -141,7 +172,9 @@ def compute_preflight(
     wrong = [key for key in matched if shapes[key] != expected[key]]
     if wrong:
         details = [f"{key} is {list(shapes[key])}, the model needs {list(expected[key])}" for key in wrong]
-        flight.problems.append(f"{len(wrong)} tensors have another shape ({_listed(details)}): it was made for another base.")
+        flight.problems.append(
+            f"{len(wrong)} tensors have another shape ({_listed(details)}): it was made for another base."
+        )
     if not matched:
         flight.problems.append("none of its tensors matches a layer of this model.")
     missing = len(expected) - len(matched)

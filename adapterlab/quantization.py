@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 SHORTHANDS = ("8bit", "4bit")
 
 
-def quantization_settings(
-    quantization: str | None, quantization_config: Any, device_map: Any = "auto"
-) -> Any:
+def quantization_settings(quantization: str | None, quantization_config: Any, device_map: Any = "auto") -> Any:
     """What to give to `from_pretrained` as `quantization_config`; None for none.
 
     `"8bit"`: LLM.int8 with threshold 0, because with the default of 6 the outlier columns are looked for in
@@ -44,9 +42,7 @@ def quantization_settings(
 
 
 def _nf4(config_class: type[BitsAndBytesConfig], device_map: Any) -> BitsAndBytesConfig:
-    return config_class(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype(device_map)
-    )
+    return config_class(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype(device_map))
 
 
 def _compute_dtype(device_map: Any) -> torch.dtype:
@@ -71,7 +67,8 @@ def quantization_of(model: PreTrainedModel) -> str | None:
     if config is None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or "quantized")
+    name = str(getattr(method, "value", method) or "quantized")
+    return None if name == "gguf" else name  # GGUF weights are dequantized while they are read
 
 
 def keep_4bit_unpacked(model: nn.Module) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 from adapterlab.errors import AdapterLabError
 
 # Fields of transformers' GenerationConfig that act through logits processors or stopping criteria: one row, no search.
-_PASSED_ON = frozenset(
-    "repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size min_new_tokens "
-    "min_p typical_p epsilon_cutoff eta_cutoff bad_words_ids stop_strings eos_token_id suppress_tokens "
-    "begin_suppress_tokens sequence_bias exponential_decay_length_penalty renormalize_logits".split()
-)
-_SAMPLING_ONLY = frozenset("min_p typical_p epsilon_cutoff eta_cutoff".split())
+_PASSED_ON = frozenset({
+    "bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
+    "eos_token_id", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "min_new_tokens", "min_p",
+    "no_repeat_ngram_size", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
+    "suppress_tokens", "typical_p",
+})  # fmt: skip
+_SAMPLING_ONLY = frozenset(["min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"])
 _REFUSED = {
     "num_beams": "beam search gives no comparable columns: leave it at 1",
     "num_return_sequences": "one column is one text: compare with several seeds instead",

@@ -41,9 +41,7 @@ def hub_arguments(place: Place) -> dict[str, Any]:
 def code_arguments(options: dict[str, Any]) -> dict[str, Any]:
     # Always given: without it transformers asks at the keyboard whether to run the repository's code.
     code = {"trust_remote_code": bool(options.get("trust_remote_code"))}
-    return code | {
-        name: options[name] for name in ("code_revision", "proxies", "gguf_file") if name in options
-    }
+    return code | {name: options[name] for name in ("code_revision", "proxies", "gguf_file") if name in options}
 
 
 def load_tokenizer(place: Place, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -118,7 +118,9 @@ def _explicit(module: Any, parts: list[tuple[Any, float]]) -> Any:
         bias = property(lambda self: module.bias)
 
         def forward(self, x: Any) -> Any:
-            inner, delta, outer, late = x, 0.0, 1.0, 0.0
+            inner, outer = x, 1.0
+            delta: Any = 0.0
+            late: Any = 0.0
             for layer, multiplier in parts:
                 if hasattr(layer, "ia3_l"):
                     scale = 1 + multiplier * (layer.ia3_l[_PLAIN].flatten() - 1)

@@ -1,0 +1,78 @@
+"""The top of the panel: one line on what is loaded and what acts, the switch for all adapters; notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import ipywidgets as w
+
+from adapterlab.widgets.compat import classes, set_tooltip
+from adapterlab.widgets.state import Notice, PanelState
+
+
+class Header:
+    """The status line and the on/off switch. `on_enabled(bool)` is called when the user turns the switch."""
+
+    def __init__(self, state: PanelState, on_enabled: Callable[[bool], object]) -> None:
+        self._state = state
+        self._on_enabled = on_enabled
+        self.line = classes(w.HTML(), "alab-status")
+        self.switch = classes(w.ToggleButton(), "alab-switch")
+        set_tooltip(self.switch, "All adapters on or off in lab.model. The columns below do not depend on it.")
+        self.box = classes(w.HBox([self.line, self.switch]), "alab-header")
+        self.switch.observe(self._on_switch, "value")
+        state.observe(lambda _: self._render(), ["status", "enabled", "busy", "closed", "rows"])
+        self._render()
+
+    def _on_switch(self, change: dict[str, Any]) -> None:
+        if change["new"] != self._state.enabled:
+            self._on_enabled(change["new"])
+            self._render()
+
+    def _render(self) -> None:
+        state = self._state
+        self.line.value = status_html(state.status)
+        self.switch.value = state.enabled
+        self.switch.description = "Adapters on" if state.enabled else "Adapters off"
+        self.switch.icon = "toggle-on" if state.enabled else "toggle-off"
+        self.switch.disabled = bool(state.busy) or state.closed
+        self.switch.layout.display = None if state.adapter_names else "none"
+
+
+def status_html(status: str) -> str:
+    """The lab's line with its ends, the model and what acts now, set off; every word of it stays."""
+    name, *facts = map(escape, status.split(" · "))
+    if facts:
+        facts[-1] = f'<span class="alab-now">{facts[-1]}</span>'
+    rest = "".join(f" · {fact}" for fact in facts)
+    return f'<div role="status" class="alab-status-line"><b>{name}</b><span class="alab-facts">{rest}</span></div>'
+
+
+class NoticeBar:
+    """What runs now, what went wrong: one line in words, the traceback folded under it."""
+
+    def __init__(self, state: PanelState) -> None:
+        self._state = state
+        self.html = classes(w.HTML(), "alab-notice")
+        state.observe(lambda _: self._render(), ["notice"])
+        self._render()
+
+    def _render(self) -> None:
+        notice = self._state.notice
+        self.html.layout.display = None if notice else "none"
+        self.html.value = notice_html(notice) if notice else ""
+
+
+def notice_html(notice: Notice) -> str:
+    """A notice as HTML, everything in it as text."""
+    word = "Error" if notice.kind == "error" else "Note"
+    role = "alert" if notice.kind == "error" else "status"
+    detail = ""
+    if notice.detail:
+        detail = f"<details><summary>Traceback</summary><pre>{escape(notice.detail)}</pre></details>"
+    return (
+        f'<div class="alab-notice-box alab-{escape(notice.kind)}" role="{role}">'
+        f"<b>{word}</b> <span>{escape(notice.text)}</span>{detail}</div>"
+    )

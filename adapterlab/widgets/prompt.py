@@ -1,0 +1,117 @@
+"""The question and the buttons that put it to the columns; the sampling settings, folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as w
+from traitlets import link
+
+from adapterlab.widgets.compat import classes, label_text, set_tooltip
+from adapterlab.widgets.fold import Fold
+from adapterlab.widgets.state import PanelState
+
+
+class PromptBox:
+    """Prompt, examples, Generate and Stop; `on_generate()` and `on_stop()` are called by the buttons.
+
+    The prompt reaches the kernel when Enter is pressed or the focus leaves it, so that a slow connection never
+    holds its last letters back when Generate is clicked.
+    """
+
+    def __init__(
+        self,
+        state: PanelState,
+        examples: Sequence[str],
+        on_generate: Callable[[], object],
+        on_stop: Callable[[], object],
+    ) -> None:
+        self._state = state
+        self.text = w.Text(description="Prompt", placeholder="Ask the model something", continuous_update=False)
+        classes(self.text, "alab-prompt")
+        self.generate = classes(w.Button(description="Generate", button_style="primary"), "alab-main")
+        self.stop = classes(w.Button(description="Stop"), "alab-stop")
+        set_tooltip(self.generate, "Run the prompt through every ticked row (Enter in the prompt does the same)")
+        set_tooltip(self.stop, "End the running generation after this token; what is there stays")
+        self.examples = [self._example(text) for text in examples]
+        self.sampling = Sampling(state)
+        first = classes(w.HBox([self.text, self.generate, self.stop]), "alab-prompt-line")
+        chips = classes(w.HBox([w.HTML('<span class="alab-muted">Try</span>'), *self.examples]), "alab-chips")
+        chips.layout.display = None if examples else "none"
+        self.box = classes(w.VBox([first, chips, self.sampling.fold.button, self.sampling.fold.body]), "alab-section")
+        link((state, "prompt"), (self.text, "value"))
+        self.generate.on_click(lambda _: on_generate())
+        self.stop.on_click(lambda _: on_stop())
+        state.observe(lambda _: self._render(), ["busy", "stoppable", "closed"])
+        self._render()
+
+    def _example(self, text: str) -> w.Button:
+        # Buttons set their text as text in both versions of ipywidgets, so no escaping here.
+        button = classes(w.Button(description=text), "alab-chip")
+        set_tooltip(button, "Put this into the prompt")
+
+        def choose(_: Any) -> None:
+            self._state.prompt = text
+
+        button.on_click(choose)
+        return button
+
+    def _render(self) -> None:
+        closed, running = self._state.closed, bool(self._state.busy)
+        self.generate.disabled = running or closed
+        self.generate.description = self._state.busy.split(" ")[0].rstrip("…") + "…" if running else "Generate"
+        self.stop.disabled = not (running and self._state.stoppable)
+        self.text.disabled = closed
+
+
+class Sampling:
+    """How tokens are chosen. Folded, the button says the settings in words."""
+
+    def __init__(self, state: PanelState) -> None:
+        self._state = state
+        self.max_new_tokens = w.BoundedIntText(min=1, max=100_000, description="New tokens")
+        self.temperature = w.BoundedFloatText(min=0.0, max=100.0, step=0.1, description="Temperature")
+        self.top_p = w.BoundedFloatText(min=0.01, max=1.0, step=0.05, description="Top-p")
+        self.top_k = w.BoundedIntText(min=0, max=1_000_000, description="Top-k")
+        self.seed = w.BoundedIntText(min=0, max=2**31 - 1, description="Seed")
+        tips = {
+            "max_new_tokens": "At most this many new tokens in each column",
+            "temperature": "0 always takes the likeliest token; higher takes more chances",
+            "top_p": "Choose among the likeliest tokens that together have this probability; 1 is off",
+            "top_k": "Choose among this many likeliest tokens; 0 is off",
+            "seed": "The dice. Every column gets the same ones, so that columns differ because of the adapter",
+        }
+        for name, tip in tips.items():
+            set_tooltip(getattr(self, name), tip)
+            link((state, name), (getattr(self, name), "value"))
+        hint = w.HTML(
+            '<span class="alab-muted">At temperature 0 the likeliest token is always taken: '
+            "top-p, top-k and seed have no effect.</span>"
+        )
+        controls = [self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed]
+        self.fold = Fold("Sampling", [classes(w.HBox(controls), "alab-form"), hint])
+        self._hint = hint
+        state.observe(lambda _: self._render(), list(tips))
+        self._render()
+
+    def _render(self) -> None:
+        state = self._state
+        greedy = state.temperature == 0
+        for control in (self.top_p, self.top_k, self.seed):
+            control.disabled = greedy
+        self._hint.layout.display = None if greedy else "none"
+        self.fold.summary(label_text(f"Sampling: {sampling_words(state)}"))
+
+
+def sampling_words(state: PanelState) -> str:
+    """The settings in a line: `64 new tokens, always the likeliest` or `…, temperature 0.8, top-p 0.9, seed 3`."""
+    words = [f"{state.max_new_tokens} new tokens"]
+    if state.temperature == 0:
+        return ", ".join([*words, "always the likeliest token"])
+    words.append(f"temperature {state.temperature:g}")
+    if state.top_p < 1:
+        words.append(f"top-p {state.top_p:g}")
+    if state.top_k:
+        words.append(f"top-k {state.top_k}")
+    return ", ".join([*words, f"seed {state.seed}"])

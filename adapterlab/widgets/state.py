@@ -1,0 +1,135 @@
+"""What the panel shows and what the user chose in it, as traits that its parts observe. Knows no widget."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+from adapterlab.columns import BASE, Column
+from adapterlab.methods import method_label
+
+if TYPE_CHECKING:
+    from adapterlab.lab import AdapterLab
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the adapter list: the base or an adapter. `in_model`: its multiplier in the lab's selection."""
+
+    name: str
+    kind: str
+    parameters: int
+    bytes: int
+    share: float
+    status: str = ""
+    in_model: float | None = None
+
+    @property
+    def is_base(self) -> bool:
+        return self.name == BASE
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One thing to tell the user. `kind` is "info" or "error"; `detail` is folded away under it."""
+
+    kind: str
+    text: str
+    detail: str = ""
+
+    @classmethod
+    def from_error(cls, error: BaseException, doing: str = "") -> Notice:
+        """The error in words, its traceback as the detail. What is no `AdapterLabError` says its type too."""
+        from adapterlab.errors import AdapterLabError
+
+        text = str(error) or type(error).__name__
+        if not isinstance(error, AdapterLabError):
+            text = f"{type(error).__name__}: {text}" if str(error) else text
+        return cls("error", f"{doing}: {text}" if doing else text, "".join(traceback.format_exception(error)))
+
+
+class PanelState(t.HasTraits):
+    """Everything on the screen but the generated text.
+
+    Mirrored from the lab by `read`: `status`, `rows` (base first), `enabled`, `selection`.
+    Chosen by the user: `prompt`, `compared` (name → has a column), `multipliers` (name → 0 to 2), the sampling.
+    About the panel itself: `busy` (what runs now, in words; "" when idle), `stoppable`, `notice`, `closed`.
+    """
+
+    status = t.Unicode()
+    rows = t.Tuple()
+    enabled = t.Bool(True)
+    selection = t.Instance(Column, args=())
+
+    prompt = t.Unicode()
+    compared = t.Dict(value_trait=t.Bool(), key_trait=t.Unicode())
+    multipliers = t.Dict(value_trait=t.Float(), key_trait=t.Unicode())
+    max_new_tokens = t.Int(64, min=1)
+    temperature = t.Float(0.0, min=0.0)
+    top_p = t.Float(1.0, min=0.0, max=1.0)
+    top_k = t.Int(0, min=0)
+    seed = t.Int(0, min=0)
+
+    busy = t.Unicode()
+    stoppable = t.Bool(False)
+    notice = t.Instance(Notice, allow_none=True)
+    closed = t.Bool(False)
+
+    def read(self, lab: AdapterLab) -> None:
+        """Take over what the lab says of itself. New adapters get a column of their own, at multiplier 1."""
+        rows = read_rows(lab)
+        names = [row.name for row in rows]
+        self.compared = {name: self.compared.get(name, True) for name in names}
+        self.multipliers = {name: self.multipliers.get(name, 1.0) for name in names}
+        self.selection = lab.selection
+        self.enabled = lab.enabled
+        self.rows = tuple(rows)
+        self.status = lab.status()
+
+    def column(self, name: str) -> Column:
+        """The column of a row: the base, or its adapter at the row's multiplier."""
+        return Column() if name == BASE else Column.of({name: self.multipliers.get(name, 1.0)})
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns to compare, in the order of the rows. A row at multiplier 0 is the base, which stands once."""
+        wanted = (self.column(row.name) for row in self.rows if self.compared.get(row.name))
+        return tuple(dict.fromkeys(wanted))
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings as keywords of `lab.compare`."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [row.name for row in self.rows if not row.is_base]
+
+
+def read_rows(lab: AdapterLab) -> list[Row]:
+    """The base and the adapters as the list shows them; sizes come from `lab.parameters()`."""
+    in_model = lab.selection.as_dict()
+    sizes = {row["owner"]: row for row in lab.parameters().to_dict("records")}
+    base = sizes[BASE]
+    first = Row(
+        BASE,
+        "base model",
+        int(base["parameters"]),
+        int(base["bytes"]),
+        1.0,
+        in_model=1.0 if lab.selection.is_base else None,
+    )
+    rows = [first]
+    for name, info in lab.adapters.items():
+        kind = method_label(info.method) + (f" · rank {info.r}" if info.r else "")
+        share = info.parameters / max(first.parameters, 1)
+        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, in_model.get(name)))
+    return rows
+
+
+def short_share(share: float) -> str:
+    """A share of the base as a percentage with two figures that matter: `0.37 %`, `12 %`."""
+    return f"{share * 100:.2g} %" if share < 0.1 else f"{share * 100:.0f} %"

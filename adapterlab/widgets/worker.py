@@ -1,0 +1,61 @@
+"""One thread for whatever takes time, so that a click returns at once and Stop is always heard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from adapterlab.widgets.state import Notice
+
+if TYPE_CHECKING:
+    from adapterlab.widgets.state import PanelState
+
+
+class Worker:
+    """Runs one job at a time and refuses another meanwhile; what happens is told through `state`.
+
+    `track`: gets the future of each job. `state.busy` says what runs; a job's error becomes `state.notice`.
+    """
+
+    def __init__(self, state: PanelState, track: Callable[[Future[None]], object]) -> None:
+        self._state = state
+        self._track = track
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapterlab-panel")
+        self._claim = threading.Lock()
+
+    def start(self, doing: str, job: Callable[[], object], *, stoppable: bool = False) -> bool:
+        """Start `job` and return True; while another runs, say so in the notice and return False.
+
+        `doing`: what it does, in words. `stoppable`: the Stop button can end it.
+        """
+        with self._claim:
+            if self._state.closed:
+                return False
+            running, self._state.busy = self._state.busy, self._state.busy or doing
+        if running:
+            stop = ", or press Stop" if self._state.stoppable else ""
+            self._state.notice = Notice("info", f"Not started: still {_lower(running)}. Wait for it{stop}.")
+            return False
+        self._state.stoppable = stoppable
+        self._state.notice = None
+        self._track(self._pool.submit(self._run, doing, job))
+        return True
+
+    def close(self) -> None:
+        """Take no more jobs; the thread ends with the job it is on. Returns at once."""
+        self._pool.shutdown(wait=False)
+
+    def _run(self, doing: str, job: Callable[[], object]) -> None:
+        try:
+            if not self._state.closed:
+                job()
+        except Exception as error:  # shown to the user, whatever it is; a thread has nobody else to tell
+            self._state.notice = Notice.from_error(error)
+        finally:
+            self._state.busy = ""
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:].rstrip("….")

@@ -1,0 +1,99 @@
+"""What all tests share: quiet third parties, seeded randomness, and small labs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from standins import tiny_llama, tiny_tokenizer, write_adapter
+
+from adapterlab import AdapterLab
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SEEDS = {"pirate": 1, "poet": 2, "robot": 3, "wide": 4, "dora": 5, "ada": 6}
+
+
+def adapter_configs() -> dict[str, Any]:
+    """One config per kind the blend equation knows, and DoRA, for the tiny Llama."""
+    from peft import AdaLoraConfig, IA3Config, LoraConfig
+
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return {
+        "pirate": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+        "wide": LoraConfig(
+            r=3,
+            lora_alpha=7,
+            use_rslora=True,
+            target_modules=linear,
+            rank_pattern={"down_proj": 5},
+            alpha_pattern={"up_proj": 2},
+        ),
+        "poet": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "ada": AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"]),
+        "dora": LoraConfig(r=4, use_dora=True, target_modules=["v_proj", "up_proj"]),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One thread for the tiny models: a second one costs them more than it brings. The demo model has all."""
+    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("demo") else 1)
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of adapters that act on `tiny_llama()`, made and saved by plain PEFT."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: write_adapter(root / name, tiny_llama(), config, seed=SEEDS[name])
+        for name, config in adapter_configs().items()
+    }
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Input ids of one text: shape (1, 12)."""
+    return torch.randint(7, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def lab() -> Iterator[AdapterLab]:
+    """A lab on the tiny Llama, without adapters, with a chat template."""
+    lab = AdapterLab(tiny_llama(), tokenizer=tiny_tokenizer(chat=True))
+    yield lab
+    lab.close()
+
+
+@pytest.fixture
+def full_lab(lab: AdapterLab, adapter_folders: dict[str, Path]) -> AdapterLab:
+    """The same with five adapters of four methods, base selected."""
+    for name, folder in adapter_folders.items():
+        lab.load_adapter(folder, name)
+    lab.set_adapter(None)
+    return lab
+
+
+@pytest.fixture
+def plain_logits(adapter_folders: dict[str, Path], ids: torch.Tensor) -> Callable[[str | None], torch.Tensor]:
+    """The oracle: logits of a fresh model with only this adapter, loaded by plain PEFT."""
+    from peft import PeftModel
+
+    def compute(name: str | None) -> torch.Tensor:
+        model = tiny_llama()
+        if name is not None:
+            model = PeftModel.from_pretrained(model, adapter_folders[name]).eval()
+        with torch.no_grad():
+            return model(ids).logits
+
+    return compute
+
+
+def logits_of(lab: AdapterLab, ids: torch.Tensor) -> torch.Tensor:
+    """What `lab.model` itself gives now."""
+    with torch.no_grad():
+        return lab.model(ids).logits

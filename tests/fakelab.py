@@ -1,0 +1,189 @@
+"""A lab without a model, for tests of what stands on it: the same calls, answers made up, tokens let out one by one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from adapterlab.columns import BASE, Column
+from adapterlab.comparison import Comparison, Generation, TokenEvent
+from adapterlab.errors import AdapterLabError
+
+BASE_PARAMETERS = 134_515_008
+
+
+class FakeLab:
+    """Says `answers[label]` word by word. With `gate` set to a semaphore, each word waits for a permit.
+
+    `calls` lists what was called, as (name, arguments). `fail_with` is raised by the next call that could fail.
+    """
+
+    def __init__(
+        self, adapters: dict[str, tuple[str, int | None, int]] | None = None, name: str = "some/model"
+    ) -> None:
+        self.name = name
+        self.tokenizer = SimpleNamespace(chat_template=None)
+        self.adapters: dict[str, Any] = {}
+        self.selection, self.enabled, self.closed = Column(), True, False
+        self.history: list[Comparison] = []
+        self.answers: dict[str, str] = {}
+        self.calls: list[tuple[str, Any]] = []
+        self.gate: threading.Semaphore | None = None
+        self.fail_with: Exception | None = None
+        self.said = threading.Event()
+        self._stopped = threading.Event()
+        self._callbacks: list[Callable[[str], None]] = []
+        self._futures: list[Future[None]] = []
+        for adapter_name, (method, r, parameters) in (adapters or {}).items():
+            self._attach(adapter_name, method, r, parameters, "loaded")
+
+    # What a lab says of itself.
+
+    def status(self) -> str:
+        acts = f"acting now: {self.selection.label}" if self.enabled else "adapters disabled"
+        return f"{self.name} · 135 M · fp32 · 538 MB · cpu · {acts}"
+
+    def parameters(self) -> pd.DataFrame:
+        owners = [(BASE, BASE_PARAMETERS), *((name, info.parameters) for name, info in self.adapters.items())]
+        rows = [{"owner": o, "parameters": n, "bytes": 4 * n, "share_of_base": n / BASE_PARAMETERS} for o, n in owners]
+        return pd.DataFrame(rows)
+
+    @property
+    def last(self) -> Comparison:
+        return self.history[-1]
+
+    def on_change(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    @property
+    def listeners(self) -> int:
+        return len(self._callbacks)
+
+    def track(self, future: Future[None]) -> None:
+        self._futures.append(future)
+
+    def wait(self) -> None:
+        done = wait(self._futures, timeout=20)
+        assert not done.not_done, "a job of the panel did not end"
+        for future in self._futures:
+            future.result()
+
+    # What changes it.
+
+    def set_adapter(self, column: Any) -> None:
+        self._called("set_adapter", column)
+        self.selection = Column.of(column).check(self.adapters)
+        self._emit("state")
+
+    def enable_adapters(self) -> None:
+        self._called("enable_adapters")
+        self.enabled = True
+        self._emit("state")
+
+    def disable_adapters(self) -> None:
+        self._called("disable_adapters")
+        self.enabled = False
+        self._emit("state")
+
+    def load_adapter(self, source: str, adapter_name: str | None = None) -> None:
+        self._called("load_adapter", source, adapter_name)
+        name = adapter_name or source.rsplit("/", 1)[-1]
+        self._attach(name, "LORA", 8, 460_800, "loaded")
+        self.selection, self.enabled = Column.of(name), True
+        self._emit("adapters")
+
+    def add_adapter(self, method: str, adapter_name: str = "default", **config: Any) -> None:
+        self._called("add_adapter", method, adapter_name, config)
+        self._attach(adapter_name, method.upper(), config.get("r"), 1000, "untrained")
+        self.selection = Column.of(adapter_name)
+        self._emit("adapters")
+
+    def delete_adapter(self, name: str) -> None:
+        self._called("delete_adapter", name)
+        del self.adapters[name]
+        if name in self.selection.names:
+            self.selection = Column()
+        self._emit("adapters")
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self.gate:
+            self.gate.release()
+
+    def close(self) -> None:
+        self.closed = True
+        self._emit("closed")
+
+    def compare(self, prompt: str, columns: Any = None, *, on_token: Any = None, **settings: Any) -> Comparison:
+        self._stopped.clear()
+        columns = [None, *self.adapters] if columns is None else columns
+        self._called("compare", prompt, [Column.of(column).label for column in columns], settings)
+        generations = [self._say(prompt, Column.of(column), on_token) for column in columns]
+        comparison = Comparison(
+            prompts=[prompt],
+            rendered=[prompt],
+            prompt_ids=[(1, 2)],
+            settings=settings,
+            model={"name": self.name},
+            generations=generations,
+        )
+        self.history.append(comparison)
+        self._emit("history")
+        return comparison
+
+    def _say(self, prompt: str, column: Column, on_token: Any) -> Generation:
+        words = self.answers.get(column.label, f"I am {column.label} .").split(" ")
+        said: list[str] = []
+        for position, word in enumerate(words):
+            if self.gate:
+                assert self.gate.acquire(timeout=20), "no permit for the next token"
+            reason = "stopped" if self._stopped.is_set() else "eos" if position == len(words) - 1 else None
+            text = word if position == 0 else f" {word}"
+            said.append(text)
+            on_token(TokenEvent(0, column.label, position, position, text, reason))
+            self.said.set()
+            if reason:
+                break
+        count = len(said)
+        return Generation(
+            column=column.label,
+            asked=column.parts,
+            prompt_index=0,
+            prompt=prompt,
+            text="".join(said),
+            token_ids=tuple(range(count)),
+            tokens=tuple(said),
+            logprobs=(0.0,) * count,
+            leads=(0.0,) * count,
+            finish_reason=reason or "eos",
+            seconds=count / 20,
+            active_adapters=column.names,
+            multipliers=tuple(m for _, m in column.parts),
+            logit_shift=0.0 if column.is_base else 4.25,
+            weights_digest=("ab" if column.is_base else "cd") * 16,
+        )
+
+    def _attach(self, name: str, method: str, r: int | None, parameters: int, status: str) -> None:
+        self.adapters[name] = SimpleNamespace(
+            name=name, method=method, r=r, parameters=parameters, bytes=4 * parameters, status=status
+        )
+
+    def _called(self, name: str, *arguments: Any) -> None:
+        self.calls.append((name, arguments))
+        if self.fail_with is not None:
+            error, self.fail_with = self.fail_with, None
+            raise error
+
+    def _emit(self, kind: str) -> None:
+        for callback in list(self._callbacks):
+            callback(kind)
+
+
+def refuse(text: str) -> AdapterLabError:
+    return AdapterLabError(text)

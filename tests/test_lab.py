@@ -1,0 +1,264 @@
+"""The façade: opening, closing, running a cell again, threads, and what it shows of itself."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standins
+import torch
+from conftest import logits_of
+
+from adapterlab import AdapterLab, AdapterLabError
+
+
+def test_running_the_cell_again_frees_the_old_lab(tmp_path: Path) -> None:
+    folder = standins.write_model(tmp_path / "m", standins.tiny_llama(), standins.tiny_tokenizer())
+    lab = AdapterLab(folder)
+    first, tensor = lab, weakref.ref(next(lab.model.parameters()))
+    closed: list[str] = []
+    lab.on_change(closed.append)
+    lab = AdapterLab(folder)
+    assert closed == ["closed"]
+    assert first is not lab
+    gc.collect()
+    assert tensor() is None, "the old base must be gone, though somebody still holds the lab"
+    with pytest.raises(AdapterLabError, match="This lab is closed"):
+        first.compare("Hello")
+    with pytest.raises(AdapterLabError, match="This lab is closed"):
+        _ = first.model
+    assert "closed" in repr(first)
+    other = AdapterLab(folder)
+    assert lab.active_adapters == {}, "another name closes nothing"
+    other.close()
+    other.close()
+
+
+def test_a_failed_rerun_says_so(tmp_path: Path) -> None:
+    with pytest.raises(AdapterLabError):
+        AdapterLab(tmp_path)
+
+
+def test_the_objects_in_hand_come_back_as_they_were(ids: torch.Tensor) -> None:
+    model = standins.tiny_llama().train()
+    with torch.no_grad():
+        expected = model(ids).logits
+    flags = [p.requires_grad for p in model.parameters()]
+    lab = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    assert not any(p.requires_grad for p in model.parameters()), "the base is frozen in a lab"
+    lab.add_adapter("lora", "a", init_lora_weights=False)
+    lab.compare("Hello", max_new_tokens=2)
+    lab.close()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert not hasattr(model, "peft_config")
+
+
+def test_calls_from_many_threads_never_meet(full_lab: AdapterLab) -> None:
+    names = [None, *full_lab.adapters]
+    reference = full_lab.compare("What is the moon?", names, max_new_tokens=4)
+    expected = {g.column: (g.token_ids, g.weights_digest) for g in reference.generations}
+
+    def work(index: int) -> None:
+        name = names[index % len(names)]
+        full_lab.set_adapter(names[(index + 1) % len(names)])
+        generation = full_lab.compare("What is the moon?", [name], max_new_tokens=4).generations[0]
+        assert (generation.token_ids, generation.weights_digest) == expected[generation.column]
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(24)))
+    assert len(full_lab.history) == 25
+
+
+def test_wait_waits_for_tracked_work(lab: AdapterLab) -> None:
+    gate, done = threading.Event(), []
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: (gate.wait(30), done.append(1)))
+        lab.track(future)
+        with pytest.raises(AdapterLabError, match="still run"):
+            lab.wait(timeout=0.01)
+        gate.set()
+        lab.wait(timeout=30)
+    assert done == [1]
+
+
+def test_listeners_hear_and_a_broken_one_breaks_nothing(lab: AdapterLab) -> None:
+    heard: list[str] = []
+
+    def broken(kind: str) -> None:
+        raise RuntimeError("no")
+
+    unsubscribe = lab.on_change(heard.append)
+    lab.add_adapter("lora", "a")
+    lab.set_adapter(None)
+    lab.compare("Hello", max_new_tokens=1)
+    assert heard == ["adapters", "state", "history"]
+    lab.on_change(broken)
+    with pytest.warns(UserWarning, match="RuntimeError: no"):
+        lab.set_adapter("a")
+    unsubscribe()
+    with pytest.warns(UserWarning, match="RuntimeError"):
+        lab.set_adapter(None)
+    assert heard == ["adapters", "state", "history", "state"]
+
+
+def test_adapters_is_a_read_only_mapping_with_completion(full_lab: AdapterLab) -> None:
+    assert list(full_lab.adapters) == ["pirate", "wide", "poet", "ada", "dora"]
+    assert full_lab.adapters._ipython_key_completions_() == list(full_lab.adapters)  # type: ignore[attr-defined]
+    assert "nobody" not in full_lab.adapters
+    assert full_lab.adapters.get("nobody") is None
+    with pytest.raises(AdapterLabError, match="No adapter named 'nobody'; the lab has 'pirate'"):
+        full_lab.adapters["nobody"]
+    with pytest.raises(TypeError):
+        full_lab.adapters["x"] = 1  # type: ignore[index]
+
+
+def test_sizes_are_formulas(full_lab: AdapterLab) -> None:
+    h, layers, kv, mlp = standins.HIDDEN, standins.LAYERS, standins.HIDDEN // 2, 2 * standins.HIDDEN
+    pirate = layers * 4 * ((h + h) + (h + kv))
+    poet = layers * (kv + kv + mlp)
+    ada = layers * (4 * (h + h + 1) + 4 * (mlp + h + 1))
+    frame = full_lab.parameters().set_index("owner")
+    base = sum(p.numel() for p in standins.tiny_llama().parameters())
+    assert frame["parameters"].to_dict() | {} == {
+        "base": base,
+        "pirate": pirate,
+        "wide": frame.loc["wide", "parameters"],
+        "poet": poet,
+        "ada": ada,
+        "dora": frame.loc["dora", "parameters"],
+    }
+    assert frame.loc["pirate", "bytes"] == 4 * pirate
+    assert frame.loc["base", "bytes"] == 4 * base
+    assert frame.loc["pirate", "share_of_base"] == pytest.approx(pirate / base)
+    summary = full_lab.summary().set_index("adapter")
+    assert summary.loc["pirate", "megabytes"] == pytest.approx(4 * pirate / 1e6)
+    assert summary["r"].isna().to_dict()["poet"]
+    assert list(full_lab.summary().columns) == (
+        "adapter method r parameters megabytes share multiplier active trainable status".split()
+    )
+
+
+def test_the_status_line(full_lab: AdapterLab) -> None:
+    assert full_lab.status().startswith("LlamaForCausalLM · ")
+    assert " · fp32 · " in full_lab.status()
+    assert full_lab.status().endswith("acting now: base")
+    full_lab.set_adapter({"pirate": 0.5, "poet": 1})
+    assert full_lab.status().endswith("acting now: pirate × 0.5 + poet × 1")
+    full_lab.disable_adapters()
+    assert full_lab.status().endswith("adapters disabled")
+    assert full_lab.status() in repr(full_lab)
+
+
+def test_the_lab_as_a_cells_result_escapes_names(lab: AdapterLab) -> None:
+    lab.name = "<script>x</script>"
+    lab.add_adapter("lora", "a")
+    html = lab._repr_html_()
+    assert "<script" not in html
+    assert "untrained" in html
+
+
+def test_switching_does_not_grow_with_the_number_of_adapters(lab: AdapterLab) -> None:
+    """Counted, not timed: how many modules a switch puts in place."""
+    lab.add_adapter("lora", "first", target_modules=["q_proj"])
+    lab.add_adapter("lora", "second", target_modules=["q_proj"])
+
+    def swaps() -> int:
+        mounts = lab._adapters.mounts
+        count = 0
+
+        class Counting(dict):
+            def __setitem__(self, key: str, value: Any) -> None:
+                nonlocal count
+                count += 1
+                super().__setitem__(key, value)
+
+        parents = {site.parent for site in mounts.sites.values()}
+        for parent in parents:
+            parent._modules = Counting(parent._modules)
+        lab.set_adapter("first")
+        lab.set_adapter("second")
+        for parent in parents:
+            parent._modules = dict(parent._modules)
+        return count
+
+    few = swaps()
+    for index in range(6):
+        lab.add_adapter("lora", f"more-{index}", target_modules=["q_proj"])
+    assert 0 < swaps() <= few
+
+
+@pytest.mark.parametrize("name", ["base", "a.b", "", "q_proj", "lora_x", "<b>", 3])
+def test_names_that_will_not_do(lab: AdapterLab, name: Any, adapter_folders: dict[str, Path]) -> None:
+    for call in (lambda: lab.add_adapter("lora", name), lambda: lab.load_adapter(adapter_folders["pirate"], name)):
+        with pytest.raises(AdapterLabError):
+            call()
+    assert list(lab.adapters) == []
+    assert lab.selection.label == "base"
+
+
+def test_default_names_are_made_safe_and_said(
+    lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(adapter_folders["pirate"], tmp_path / "my.pirate v2")
+    assert lab.load_adapter(folder) == "my-pirate-v2"
+    assert "as 'my-pirate-v2'" in capsys.readouterr().out
+    assert lab.load_adapter(folder) == "my-pirate-v2-2"
+
+
+def test_unknown_methods_and_fields_are_named(lab: AdapterLab) -> None:
+    with pytest.raises(AdapterLabError, match=r"'lorra' is no PEFT method\. .*adalora, .*lora"):
+        lab.add_adapter("lorra")
+    with pytest.raises(AdapterLabError, match="rank"):
+        lab.add_adapter("lora", rank=3)
+    with pytest.raises(AdapterLabError, match="neither a method's name"):
+        lab.add_adapter(3)  # type: ignore[arg-type]
+    with pytest.raises(AdapterLabError, match="PROMPT_TUNING"):
+        lab.add_adapter("prompt_tuning", num_virtual_tokens=4)
+    from peft import LoraConfig
+
+    with pytest.raises(AdapterLabError, match="set them in the config"):
+        lab.add_adapter(LoraConfig(), "x", r=3)
+    assert list(lab.adapters) == []
+
+
+def test_find_adapters_asks_the_hub_for_this_base(lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the client's boundary: the filter that is sent, and what comes back as a frame."""
+    import huggingface_hub
+    from huggingface_hub import ModelInfo
+
+    asked: dict[str, Any] = {}
+
+    def list_models(**kwargs: Any) -> list[ModelInfo]:
+        asked.update(kwargs)
+        return [ModelInfo(id="someone/opt-lora", downloads=5, likes=1)]
+
+    monkeypatch.setattr(huggingface_hub, "list_models", list_models)
+    lab._adapters.base_path = "facebook/opt-350m"
+    frame = lab.find_adapters(limit=3)
+    assert asked["filter"] == "base_model:adapter:facebook/opt-350m"
+    assert asked["limit"] == 3
+    assert frame.to_dict("records")[0]["repo_id"] == "someone/opt-lora"
+    with pytest.raises(AdapterLabError, match="limit=0"):
+        lab.find_adapters(limit=0)
+
+    def offline(**kwargs: Any) -> list[ModelInfo]:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "list_models", offline)
+    with pytest.raises(AdapterLabError, match="can't be asked"):
+        lab.find_adapters()
+
+
+def test_logits_of_the_model_are_the_selections(full_lab: AdapterLab, ids: torch.Tensor, plain_logits: Any) -> None:
+    full_lab.set_adapter("wide")
+    assert torch.allclose(logits_of(full_lab, ids), plain_logits("wide"), atol=2e-5)

@@ -1,0 +1,510 @@
+"""The panel without a browser: every binding in both directions, on a lab that says what it is told to."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakelab import BASE_PARAMETERS, FakeLab
+
+from adapterlab.columns import Column
+from adapterlab.errors import AdapterLabError
+from adapterlab.widgets import Panel, build_panel
+from adapterlab.widgets.columns import ColumnsView, hue_of
+from adapterlab.widgets.compat import label_text
+from adapterlab.widgets.forms import EXAMPLE_ID
+from adapterlab.widgets.state import PanelState, read_rows, short_share
+
+HOSTILE = '<img src=x onerror="window.hacked=1"></div><script>window.hacked=1</script>&amp;'
+
+
+@pytest.fixture
+def lab() -> FakeLab:
+    return FakeLab({"pirate": ("LORA", 8, 460_800), "robot": ("IA3", None, 92_160)})
+
+
+@pytest.fixture
+def panel(lab: FakeLab) -> Iterator[Panel]:
+    panel = build_panel(lab)  # type: ignore[arg-type]
+    yield panel
+    lab.wait()
+    panel.close()
+
+
+def press_enter(panel: Panel) -> None:
+    panel.prompt.text._handle_custom_msg({"event": "submit"}, [])
+
+
+def texts(panel: Panel) -> dict[str, str]:
+    """What each card's body shows, tags left out."""
+    return {label: re.sub(r"<[^>]*>", "", card.body.value) for label, card in panel.columns.cards.items()}
+
+
+class TestFirstScreen:
+    def test_shows_status_rows_prompt_and_a_card_for_every_row(self, panel: Panel, lab: FakeLab) -> None:
+        assert "some/model" in panel.header.line.value
+        assert "acting now: base" in panel.header.line.value
+        assert list(panel.rows.by_name) == ["base", "pirate", "robot"]
+        assert "LoRA · rank 8" in panel.rows.by_name["pirate"].facts.value
+        assert "461 k parameters · 1.84 MB" in panel.rows.by_name["pirate"].facts.value
+        assert "loaded" in panel.rows.by_name["pirate"].facts.value
+        assert panel.prompt.text.value == panel.prompt.examples[0].description
+        assert list(panel.columns.cards) == ["base", "pirate", "robot"]
+        assert not panel.prompt.sampling.fold.open
+        assert not panel.load_form.fold.open
+        assert not panel.add_form.fold.open
+
+    def test_bar_of_parameters_has_exact_numbers(self, panel: Panel) -> None:
+        html = panel.sizes.html.value
+        assert f"{BASE_PARAMETERS:,}" in html
+        assert "460,800" in html
+        assert "92,160" in html
+        assert "0.34 % of base" in html  # 460800 / 134515008 = 0.34256 %
+
+    def test_bars_are_in_the_order_of_the_numbers_and_all_visible(self, panel: Panel) -> None:
+        base, pirate, robot = (
+            float(x) for x in re.findall(r'alab-hue-\d" style="width:([\d.]+)%', panel.sizes.html.value)
+        )
+        assert 100 >= base > pirate > robot > 5
+
+    def test_without_adapters_the_forms_are_open(self) -> None:
+        lab = FakeLab()
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        assert panel.load_form.fold.open
+        assert panel.add_form.fold.open
+        assert EXAMPLE_ID in panel.load_form.source.placeholder
+        assert list(panel.columns.cards) == ["base"]
+        assert panel.header.switch.layout.display == "none"
+        assert f"{BASE_PARAMETERS:,}" in panel.sizes.html.value
+        panel.close()
+
+    def test_demo_offers_its_own_questions(self) -> None:
+        from adapterlab.demo import DEMO_MODEL_ID, DEMO_QUESTIONS
+
+        panel = build_panel(FakeLab(name=DEMO_MODEL_ID))  # type: ignore[arg-type]
+        assert [button.description for button in panel.prompt.examples] == list(DEMO_QUESTIONS)
+        panel.close()
+
+    def test_opening_the_panel_changes_nothing(self, panel: Panel, lab: FakeLab) -> None:
+        assert lab.calls == []
+
+
+class TestPanelToLab:
+    def test_generate_compares_the_ticked_columns_with_the_settings_shown(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.text.value = "Why?"
+        panel.rows.by_name["robot"].compare.value = False
+        panel.rows.by_name["pirate"].multiplier.value = 0.5
+        panel.prompt.sampling.temperature.value = 0.8
+        panel.prompt.sampling.max_new_tokens.value = 12
+        panel.prompt.sampling.seed.value = 7
+        panel.prompt.generate.click()
+        lab.wait()
+        settings = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 1.0, "top_k": 0, "seed": 7}
+        assert lab.calls == [("compare", ("Why?", ["base", "pirate × 0.5"], settings))]
+        assert texts(panel) == {g.column: g.text for g in lab.last.generations}
+
+    def test_enter_generates(self, panel: Panel, lab: FakeLab) -> None:
+        press_enter(panel)
+        lab.wait()
+        assert lab.last.columns == ["base", "pirate", "robot"]
+
+    def test_letters_that_arrive_just_after_enter_are_in_the_prompt(self, panel: Panel, lab: FakeLab) -> None:
+        press_enter(panel)
+        panel.prompt.text.value = "What is rain?"  # the page sends the text after the key
+        lab.wait()
+        assert lab.last.prompts == ["What is rain?"]
+
+    def test_an_example_fills_the_prompt(self, panel: Panel) -> None:
+        panel.prompt.examples[1].click()
+        assert panel.state.prompt == panel.prompt.text.value == panel.prompt.examples[1].description
+
+    def test_a_row_at_zero_is_the_base_and_stands_once(self, panel: Panel) -> None:
+        panel.rows.by_name["pirate"].multiplier.value = 0.0
+        assert list(panel.columns.cards) == ["base", "robot"]
+
+    def test_use_lets_the_row_act_at_its_multiplier(self, panel: Panel, lab: FakeLab) -> None:
+        panel.rows.by_name["pirate"].multiplier.value = 1.5
+        panel.rows.by_name["pirate"].use.click()
+        lab.wait()
+        assert lab.selection == Column.of({"pirate": 1.5})
+        assert panel.rows.by_name["pirate"].use.disabled
+        panel.rows.by_name["base"].use.click()
+        lab.wait()
+        assert lab.selection == Column()
+
+    def test_switch_turns_all_adapters_off_and_on(self, panel: Panel, lab: FakeLab) -> None:
+        panel.header.switch.value = False
+        lab.wait()
+        assert not lab.enabled
+        assert "adapters disabled" in panel.header.line.value
+        panel.header.switch.value = True
+        lab.wait()
+        assert lab.enabled
+        assert panel.header.switch.description == "Adapters on"
+
+    def test_delete_takes_row_and_card_away(self, panel: Panel, lab: FakeLab) -> None:
+        panel.rows.by_name["robot"].delete.click()
+        lab.wait()
+        assert list(lab.adapters) == ["pirate"] == [n for n in panel.rows.by_name if n != "base"]
+        assert list(panel.columns.cards) == ["base", "pirate"]
+
+    def test_deleting_what_is_saved_nowhere_asks_first(self, panel: Panel, lab: FakeLab) -> None:
+        lab.adapters["robot"].status = "unsaved"
+        lab._emit("adapters")
+        row = panel.rows.by_name["robot"]
+        row.delete.click()
+        assert "robot" in lab.adapters
+        assert "Not saved" in row.delete.description
+        row.delete.click()
+        lab.wait()
+        assert "robot" not in lab.adapters
+
+    def test_load_adds_a_row_and_leaves_lab_model_alone(self, panel: Panel, lab: FakeLab) -> None:
+        lab.set_adapter("pirate")
+        lab.disable_adapters()
+        panel.load_form.source.value = "  someone/poet "
+        panel.load_form.button.click()
+        lab.wait()
+        assert ("load_adapter", ("someone/poet", None)) in lab.calls
+        assert list(panel.rows.by_name) == ["base", "pirate", "robot", "poet"]
+        assert "poet" in panel.columns.cards
+        assert lab.selection == Column.of("pirate")
+        assert not lab.enabled
+
+    def test_load_without_a_source_says_so_and_calls_nothing(self, panel: Panel, lab: FakeLab) -> None:
+        panel.load_form.button.click()
+        assert lab.calls == []
+        assert panel.state.notice is not None
+
+    @pytest.mark.parametrize(
+        ("method", "expected"),
+        [("lora", {"r": 4}), ("adalora", {"init_r": 4}), ("ia3", {})],
+    )
+    def test_add_passes_method_name_rank_and_targets(
+        self, panel: Panel, lab: FakeLab, method: str, expected: dict[str, int]
+    ) -> None:
+        form = panel.add_form
+        form.method.value, form.name.value, form.r.value, form.targets.value = (
+            method,
+            "mine",
+            4,
+            "q_proj, v_proj,",
+        )
+        form.button.click()
+        lab.wait()
+        config = {**expected, "target_modules": ["q_proj", "v_proj"]}
+        assert lab.calls == [("add_adapter", (method, "mine", config))]
+        assert "untrained" in panel.rows.by_name["mine"].facts.value
+
+    def test_an_empty_target_field_leaves_the_choice_to_peft(self, panel: Panel, lab: FakeLab) -> None:
+        panel.add_form.button.click()
+        lab.wait()
+        assert lab.calls == [("add_adapter", ("lora", "default", {"r": 8}))]
+
+    def test_nothing_ticked_says_so(self, panel: Panel, lab: FakeLab) -> None:
+        for row in panel.rows.by_name.values():
+            row.compare.value = False
+        panel.prompt.generate.click()
+        assert lab.calls == []
+        assert "No column" in panel.notice.html.value
+
+
+class TestLabToPanel:
+    def test_set_adapter_and_disable_show(self, panel: Panel, lab: FakeLab) -> None:
+        lab.set_adapter({"pirate": 0.5})
+        assert "acting now: pirate × 0.5" in panel.header.line.value
+        assert "in lab.model × 0.5" in panel.rows.by_name["pirate"].facts.value
+        assert not panel.rows.by_name["pirate"].use.disabled  # the row itself stands at 1
+        lab.disable_adapters()
+        assert panel.header.switch.value is False
+        assert [name for name, _ in lab.calls] == ["set_adapter", "disable_adapters"]  # no echo
+
+    def test_load_and_delete_show_and_keep_the_other_rows_widgets(self, panel: Panel, lab: FakeLab) -> None:
+        before = dict(panel.rows.by_name)
+        card = panel.columns.cards["pirate"]
+        panel.rows.by_name["pirate"].compare.value = True
+        panel.rows.by_name["robot"].compare.value = False
+        lab.load_adapter("someone/poet")
+        assert list(panel.rows.by_name) == ["base", "pirate", "robot", "poet"]
+        lab.delete_adapter("poet")
+        assert panel.rows.by_name == before
+        assert panel.columns.cards["pirate"] is card
+        assert panel.rows.by_name["robot"].compare.value is False
+
+    def test_two_panels_stay_in_step(self, panel: Panel, lab: FakeLab) -> None:
+        other = build_panel(lab)  # type: ignore[arg-type]
+        panel.rows.by_name["robot"].use.click()
+        lab.wait()
+        assert "acting now: robot" in other.header.line.value
+        other.close()
+
+    def test_state_set_in_python_reaches_every_control(self, panel: Panel) -> None:
+        state = panel.state
+        state.prompt, state.top_p, state.top_k, state.seed, state.temperature = "Hm", 0.5, 3, 4, 1.0
+        state.compared = {**state.compared, "pirate": False}
+        state.multipliers = {**state.multipliers, "robot": 2.0}
+        sampling = panel.prompt.sampling
+        assert (sampling.top_p.value, sampling.top_k.value, sampling.seed.value) == (0.5, 3, 4)
+        assert panel.prompt.text.value == "Hm"
+        assert panel.rows.by_name["pirate"].compare.value is False
+        assert panel.rows.by_name["robot"].multiplier.value == 2.0
+        assert list(panel.columns.cards) == ["base", "robot × 2"]
+        assert "temperature 1, top-p 0.5, top-k 3, seed 4" in sampling.fold.button.description
+
+    def test_greedy_locks_what_has_no_effect(self, panel: Panel) -> None:
+        sampling = panel.prompt.sampling
+        assert sampling.seed.disabled
+        assert sampling.top_p.disabled
+        assert sampling.top_k.disabled
+        panel.state.temperature = 0.7
+        assert not (sampling.seed.disabled)
+        assert not (sampling.top_p.disabled)
+        assert not (sampling.top_k.disabled)
+
+
+class TestWhileGenerating:
+    @pytest.fixture
+    def running(self, panel: Panel, lab: FakeLab) -> Iterator[threading.Semaphore]:
+        """The panel in mid-generation: one word of the base is out, the rest waits for permits."""
+        lab.gate = threading.Semaphore(1)
+        lab.answers["base"] = "one two three four"
+        panel.prompt.generate.click()
+        assert lab.said.wait(20)
+        yield lab.gate
+        lab.gate.release(100)
+        lab.wait()
+
+    def test_text_streams_in_and_the_click_has_returned(self, panel: Panel, running: threading.Semaphore) -> None:
+        assert panel.state.busy == "Generating…"
+        assert texts(panel)["base"] == "one"
+        assert "waiting" in panel.columns.cards["pirate"].head.value
+
+    def test_a_second_generate_is_refused_visibly(
+        self, panel: Panel, lab: FakeLab, running: threading.Semaphore
+    ) -> None:
+        assert panel.prompt.generate.disabled
+        press_enter(panel)
+        assert "still generating" in panel.notice.html.value
+        running.release(100)
+        lab.wait()
+        assert len(lab.history) == 1
+
+    def test_what_touches_the_lab_is_locked_and_stop_is_not(self, panel: Panel, running: threading.Semaphore) -> None:
+        row = panel.rows.by_name["pirate"]
+        assert row.use.disabled
+        assert row.delete.disabled
+        assert panel.header.switch.disabled
+        assert panel.load_form.button.disabled
+        assert panel.add_form.button.disabled
+        assert not panel.prompt.stop.disabled
+        assert not row.compare.disabled
+
+    def test_stop_ends_it_and_keeps_what_is_there(
+        self, panel: Panel, lab: FakeLab, running: threading.Semaphore
+    ) -> None:
+        panel.prompt.stop.click()
+        running.release(100)
+        lab.wait()
+        assert lab.last["base"].finish_reason == "stopped"
+        assert texts(panel)["base"] == lab.last["base"].text == "one two"
+        assert "stopped by you" in panel.columns.cards["base"].foot.value
+        assert panel.state.busy == ""
+        assert not panel.prompt.generate.disabled
+
+    def test_unticking_meanwhile_waits_for_the_end(
+        self, panel: Panel, lab: FakeLab, running: threading.Semaphore
+    ) -> None:
+        panel.rows.by_name["robot"].compare.value = False
+        assert "robot" in panel.columns.cards
+        running.release(100)
+        lab.wait()
+        assert list(panel.columns.cards) == ["base", "pirate"]
+
+    def test_closing_the_panel_stops_it(self, panel: Panel, lab: FakeLab, running: threading.Semaphore) -> None:
+        panel.close()
+        running.release(100)
+        lab.wait()
+        assert lab.last["base"].finish_reason == "stopped"
+
+
+def test_stop_before_the_lab_listens_still_stops(panel: Panel, lab: FakeLab) -> None:
+    lab.gate = threading.Semaphore(0)
+    lab.answers["base"] = "one two three four"
+    panel.prompt.generate.click()
+    panel._stop.set()  # what Stop sets first; the lab's own flag is cleared when compare begins
+    lab.gate.release(100)
+    lab.wait()
+    assert lab.history == [] or lab.last["base"].finish_reason == "stopped"
+
+
+class TestResult:
+    def test_card_says_who_spoke_how_fast_and_why_it_ended(self, panel: Panel, lab: FakeLab) -> None:
+        panel.rows.by_name["pirate"].multiplier.value = 0.5
+        panel.prompt.generate.click()
+        lab.wait()
+        foot = panel.columns.cards["pirate × 0.5"].foot.value
+        generation = lab.last["pirate × 0.5"]
+        assert "<dd>pirate × 0.5</dd>" in foot
+        assert generation.weights_digest[:12] in foot
+        assert "4.25" in foot
+        assert "20.0 tokens/s" in foot
+        assert "(eos)" in foot
+        assert "<dd>none</dd>" in panel.columns.cards["base"].foot.value
+
+    def test_an_empty_answer_is_shown_as_one(self, panel: Panel, lab: FakeLab) -> None:
+        lab.answers["base"] = ""
+        panel.prompt.generate.click()
+        lab.wait()
+        assert texts(panel)["base"] == "(empty)"
+
+    def test_cards_outlive_generations_and_come_back_with_their_result(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.generate.click()
+        lab.wait()
+        bodies = {label: card.body for label, card in panel.columns.cards.items()}
+        panel.prompt.generate.click()
+        lab.wait()
+        assert {label: card.body for label, card in panel.columns.cards.items()} == bodies
+        panel.rows.by_name["robot"].compare.value = False
+        assert "robot" not in panel.columns.cards
+        panel.rows.by_name["robot"].compare.value = True
+        assert texts(panel)["robot"] == lab.last["robot"].text
+
+
+class TestErrors:
+    def test_an_error_shows_in_words_with_its_traceback_folded(self, panel: Panel, lab: FakeLab) -> None:
+        lab.fail_with = AdapterLabError("The prompt is empty: write something.")
+        panel.prompt.generate.click()
+        lab.wait()
+        html = panel.notice.html.value
+        assert "The prompt is empty: write something." in html
+        assert "<details><summary>Traceback</summary>" in html
+        assert "Traceback (most recent call last)" in html
+        assert panel.state.busy == ""
+        assert "not run yet" in panel.columns.cards["base"].head.value
+
+    def test_an_unforeseen_error_says_its_type(self, panel: Panel, lab: FakeLab) -> None:
+        lab.fail_with = ZeroDivisionError("division by zero")
+        panel.header.switch.value = False
+        lab.wait()
+        assert "ZeroDivisionError: division by zero" in panel.notice.html.value
+        assert panel.header.switch.value is True  # the switch shows what is, not what was wished
+
+    def test_the_next_success_clears_it(self, panel: Panel, lab: FakeLab) -> None:
+        lab.fail_with = AdapterLabError("No.")
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.prompt.generate.click()
+        lab.wait()
+        assert panel.state.notice is None
+        assert panel.notice.html.layout.display == "none"
+
+
+class TestHostileText:
+    def test_nothing_hostile_reaches_the_page_as_html(self) -> None:
+        lab = FakeLab({HOSTILE: ("LORA", 8, 1000)}, name=HOSTILE)
+        lab.adapters[HOSTILE].status = HOSTILE
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        lab.answers = {HOSTILE: HOSTILE, "base": HOSTILE}
+        panel.prompt.text.value = HOSTILE
+        panel.prompt.generate.click()
+        lab.wait()
+        lab.fail_with = AdapterLabError(HOSTILE)
+        panel.load_form.source.value = HOSTILE
+        panel.load_form.button.click()
+        lab.wait()
+        pages = [widget.value for widget in _html_widgets(panel) if "<style>" not in widget.value]
+        assert any("&lt;script&gt;" in page for page in pages)
+        assert not any(re.search(r"<(img|script)", page) for page in pages)
+        assert panel.rows.by_name[HOSTILE].compare.description == label_text(HOSTILE)
+        panel.close()
+
+
+class TestClosing:
+    def test_close_ends_thread_and_subscription(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.generate.click()
+        lab.wait()
+        threads = [t for t in threading.enumerate() if t.name.startswith("adapterlab-panel")]
+        assert threads
+        panel.close()
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
+        assert lab.listeners == 0
+        panel.close()  # twice is fine
+
+    def test_closing_the_lab_locks_the_panel_and_says_so(self, panel: Panel, lab: FakeLab) -> None:
+        lab.close()
+        assert panel.prompt.generate.disabled
+        assert panel.prompt.text.disabled
+        assert "closed" in panel.notice.html.value
+        assert lab.listeners == 0
+        panel.prompt.generate.click()
+        press_enter(panel)
+        assert lab.calls == []
+
+    def test_a_closed_panel_has_closed_all_its_widgets(self, lab: FakeLab) -> None:
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        panel.prompt.generate.click()
+        lab.wait()
+        widgets = list(_all_widgets(panel))
+        assert len(widgets) > 50
+        panel.close()
+        assert all(widget.comm is None for widget in widgets)
+
+
+def test_flush_is_held_to_ten_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterlab.comparison import TokenEvent
+    from adapterlab.widgets import columns
+
+    lab = FakeLab()
+    state = PanelState()
+    state.read(lab)  # type: ignore[arg-type]
+    view = ColumnsView(state)
+    clock = [100.0]
+    monkeypatch.setattr(columns.time, "monotonic", lambda: clock[0])
+    drawn = []
+    view.cards["base"].body.observe(lambda change: drawn.append(change["new"]), "value")
+    view.begin("Hm", [Column()])
+    drawn.clear()
+    for position in range(1000):  # a hundred tokens a second, for ten seconds
+        view.token(TokenEvent(0, "base", position, 7, "x"))
+        clock[0] += 0.01
+    assert 90 <= len(drawn) <= 101
+
+
+def test_rows_read_from_the_lab(lab: FakeLab) -> None:
+    lab.selection = Column.of({"pirate": 0.5, "robot": 1})
+    base, pirate, robot = read_rows(lab)  # type: ignore[arg-type]
+    assert (base.name, base.parameters, base.bytes, base.in_model) == (
+        "base",
+        BASE_PARAMETERS,
+        4 * BASE_PARAMETERS,
+        None,
+    )
+    assert (pirate.kind, pirate.in_model, robot.kind, robot.in_model) == ("LoRA · rank 8", 0.5, "IA3", 1.0)
+    assert pirate.share == 460_800 / BASE_PARAMETERS
+
+
+def test_a_share_has_two_figures_that_matter() -> None:
+    assert [short_share(x) for x in (0.00342, 0.25, 1.0)] == ["0.34 %", "25 %", "100 %"]
+
+
+def test_a_column_has_its_rows_hue() -> None:
+    names = ["base", *"abcdefgh"]
+    assert [hue_of(Column.of(n), names) for n in ("base", "a", "f", "g")] == [0, 1, 6, 1]
+    assert hue_of(Column.of({"b": 0.5, "a": 0.5}), names) == 2
+
+
+def _all_widgets(widget: Any) -> Iterator[Any]:
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from _all_widgets(child)
+
+
+def _html_widgets(panel: Panel) -> list[Any]:
+    import ipywidgets
+
+    return [widget for widget in _all_widgets(panel) if isinstance(widget, ipywidgets.HTML)]
