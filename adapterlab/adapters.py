@@ -384,13 +384,10 @@ class Adapters:
         """The adapter's config (a copy) and its tensors under the keys PEFT saves, not copied; the base stays out."""
         import copy
 
-        from peft import get_peft_model_state_dict
-
-        from adapterlab.mounts import full_rank_pattern
+        from adapterlab.mounts import adapter_state
 
         with self.using(name) as model:
-            with full_rank_pattern(model.peft_config[name]):
-                state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            state = adapter_state(model, name)
             return copy.deepcopy(model.peft_config[name]), {key: value.detach() for key, value in state.items()}
 
     def plain(self, name: str) -> tuple[PeftConfig, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.columns import Column
 from adapterlab.equation import blend_obstacle, compute_term, merge_terms
 from adapterlab.errors import AdapterLabError
-from adapterlab.mounts import plain_peft, prefixed, skeleton
+from adapterlab.mounts import adapter_state, plain_peft, prefixed, skeleton
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -74,10 +74,12 @@ def approximated(
 
     Plain LoRA only, in a structure of its own; the model is left alone. Raises `AdapterLabError` with PEFT's reason.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     if density is None and not combination_type.startswith(("linear", "svd")):
-        raise AdapterLabError(f"{combination_type!r} prunes: say how much to keep, as in density=0.5 (above 0, at most 1).")
+        raise AdapterLabError(
+            f"{combination_type!r} prunes: say how much to keep, as in density=0.5 (above 0, at most 1)."
+        )
     for other in column.names:
         config: Any = adapters.mounts.adapters[other].config
         kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -106,10 +108,10 @@ def approximated(
             )
         except (ValueError, KeyError) as error:
             raise AdapterLabError(f"PEFT can't combine them by {combination_type!r}: {error}") from error
-        state = get_peft_model_state_dict(plain, adapter_name=name, save_embedding_layers=False)
+        state = adapter_state(plain, name)
         made = copy.deepcopy(plain.peft_config[name])
     made.base_model_name_or_path, made.inference_mode = adapters.base_path, True
-    return made, {key.removeprefix("base_model.model."): value.detach().clone() for key, value in state.items()}
+    return made, {key: value.detach().clone() for key, value in state.items()}
 
 
 def merged_model(adapters: Adapters, column: Column) -> Any:

@@ -70,13 +70,10 @@ class Mounts:
 
         The weights are copies, so nothing of the old wrappers is kept alive here.
         """
-        from peft import get_peft_model_state_dict
-
         found = {}
         for name, config in dict(getattr(self.model, "peft_config", {}) or {}).items():
             config = copy.deepcopy(config)
-            with full_rank_pattern(self.model.peft_config[name]):
-                state = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+            state = adapter_state(self.model, name)
             found[name] = (config, {key: value.detach().clone() for key, value in state.items()})
         unwrap(self.model)
         self._announce(None)
@@ -162,8 +159,10 @@ class Mounts:
                 said.append(f"{path} was replaced")
             elif getattr(here, "merged", False):
                 said.append(f"{path} was merged")
-            elif hasattr(here, "active_adapters") and list(here.active_adapters) != [self.column.single]:
-                said.append(f"{path} had {list(here.active_adapters)} active")
+            elif (active := getattr(here, "active_adapters", None)) is not None and list(active) != [
+                self.column.single
+            ]:
+                said.append(f"{path} had {list(active)} active")
             elif getattr(here, "_disable_adapters", False):
                 said.append(f"{path} was disabled")
         return said
@@ -233,11 +232,23 @@ def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) ->
 
     config = copy.deepcopy(config)
     config.inference_mode = False
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name, low_cpu_mem_usage=empty)
+    with _full_rank_pattern(config):  # PEFT reads AdaLoRA's as if it were LoRA's, and warns that no module matches
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name, low_cpu_mem_usage=empty)
     # As PeftModel does before it loads weights; native injection leaves adapters in a half-precision base's dtype,
     # where they would be rounded and could not be trained (issue 2).
     tuner._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
     return tuner
+
+
+def adapter_state(model: Any, name: str) -> dict[str, Any]:
+    """The tensors of an adapter that is in `model`, under the keys PEFT saves but without its prefix; not copied."""
+    from peft import get_peft_model_state_dict
+
+    with _full_rank_pattern(model.peft_config[name]), warnings.catch_warnings():
+        # PEFT takes a lora_bias or a triplet pruned to rank 0 for a shard that DeepSpeed forgot to gather.
+        warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape")
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
 def load_state(tuner: Any, state: dict[str, Any], name: str) -> None:
@@ -248,7 +259,9 @@ def load_state(tuner: Any, state: dict[str, Any], name: str) -> None:
 
     def resize(pattern: dict[str, Any], adapter_name: str) -> None:
         # PEFT tells from `adapter_name in key` whether a key ends in the name, so "s" would be found in any (issue 2).
-        tuner.resize_modules_by_rank_pattern({f"{key}.{adapter_name}": mask for key, mask in pattern.items()}, adapter_name)
+        tuner.resize_modules_by_rank_pattern(
+            {f"{key}.{adapter_name}": mask for key, mask in pattern.items()}, adapter_name
+        )
 
     model.resize_modules_by_rank_pattern = resize
     try:
@@ -275,7 +288,7 @@ def plain_peft(model: Any, config: PeftConfig, state: dict[str, Any], name: str)
 
 
 @contextlib.contextmanager
-def full_rank_pattern(config: Any) -> Iterator[None]:
+def _full_rank_pattern(config: Any) -> Iterator[None]:
     """Hide AdaLoRA's `rank_pattern`: PEFT would cut tensors by it through a method that transformers models lack."""
     pattern = getattr(config, "rank_pattern", None)
     if pattern is None or getattr(config, "init_r", None) is None:
@@ -329,13 +342,13 @@ def unwrap(model: Any) -> None:
 
 def heal(layer: Any, name: str) -> None:
     """Bring one tuner layer back to: only `name` in it, active, enabled, unmerged."""
-    if getattr(layer, "merged", False) and hasattr(layer, "unmerge"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # IA3 warns that dividing back is inexact; the lab says so itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's remarks on each of these steps; the lab has said what it undoes
+        if getattr(layer, "merged", False) and hasattr(layer, "unmerge"):
             layer.unmerge()
-    for other in [a for a in getattr(layer, "_get_available_adapters", set)() if a != name]:
-        layer.delete_adapter(other)
-    if getattr(layer, "_disable_adapters", False):
-        layer.enable_adapters(True)
-    if hasattr(layer, "active_adapters") and list(layer.active_adapters) != [name]:
-        layer.set_adapter([name])
+        for other in [a for a in getattr(layer, "_get_available_adapters", set)() if a != name]:
+            layer.delete_adapter(other)
+        if getattr(layer, "_disable_adapters", False):
+            layer.enable_adapters(True)
+        if hasattr(layer, "active_adapters") and list(layer.active_adapters) != [name]:
+            layer.set_adapter([name])

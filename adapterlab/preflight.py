@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
 from adapterlab.methods import check_config, is_drawn
-from adapterlab.mounts import PREFIX, full_rank_pattern, inject, skeleton, unwrap
+from adapterlab.mounts import PREFIX, adapter_state, inject, skeleton, unwrap
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -104,13 +104,9 @@ def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str
 
     `model` must be bare; it is left as it was, and no memory is taken for the adapter. Raises what PEFT raises.
     """
-    from peft import get_peft_model_state_dict
-
     with skeleton(model) as twin:
         inject_without_memory(config, twin, name)
-        with full_rank_pattern(twin.peft_config[name]):
-            state = get_peft_model_state_dict(twin, adapter_name=name, save_embedding_layers=False)
-        return _shrunk({key.removeprefix(PREFIX): tuple(tensor.shape) for key, tensor in state.items()}, config)
+        return _shrunk({key: tuple(tensor.shape) for key, tensor in adapter_state(twin, name).items()}, config)
 
 
 def _shrunk(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:

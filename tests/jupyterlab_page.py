@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 START_SECONDS = 120
+RUN_SECONDS = 600
+
+_RUN_ALL_CELLS = """patience => Promise.race([
+    window.jupyterapp.commands.execute('notebook:run-all-cells'),
+    new Promise((_, fail) => setTimeout(() => fail(new Error('the notebook ran too long')), patience)),
+])"""
 
 # Runs code in the notebook's kernel and resolves to what it printed, once the kernel is idle again.
 _RUN_IN_KERNEL = """async code => {
@@ -128,8 +134,8 @@ def notebook_page(
 
 
 def run_all_cells(page: Page) -> None:
-    """Run the notebook from top to bottom; returns when the last cell has ended. A cell's error ends it early."""
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    """Run the notebook from top to bottom; returns when the last cell has ended. Fails if a cell fails or hangs."""
+    assert page.evaluate(_RUN_ALL_CELLS, RUN_SECONDS * 1000), "a cell of the notebook failed"
 
 
 def run_in_kernel(page: Page, code: str) -> str:

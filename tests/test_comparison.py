@@ -22,9 +22,21 @@ def comparison(full_lab: AdapterLab) -> Comparison:
 
 def test_frame_and_lookup(comparison: Comparison) -> None:
     frame = comparison.to_frame()
-    wanted = (
-        "prompt column text new_tokens seconds tokens_per_second finish_reason active_adapters logit_shift batched"
-    ).split()
+    wanted = [
+        "prompt", "column", "text", "new_tokens", "seconds", "tokens_per_second", "finish_reason",
+        "active_adapters", "logit_shift", "batched",
+    ]  # fmt: skip
+        "prompt",
+        "column",
+        "text",
+        "new_tokens",
+        "seconds",
+        "tokens_per_second",
+        "finish_reason",
+        "active_adapters",
+        "logit_shift",
+        "batched",
+    ]
     assert list(frame.columns)[: len(wanted)] == wanted
     assert list(frame["column"]) == ["base", "pirate", "poet × 0.5"] * 2
     assert list(frame["prompt"]) == ["What is the moon?"] * 3 + ["Who are you?"] * 3

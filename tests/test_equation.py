@@ -95,14 +95,14 @@ def test_multiplier_one_is_peft_and_zero_is_base(full_lab: AdapterLab, ids: torc
 @pytest.mark.parametrize("column", [{"dora": 0.5}, {"dora": 1, "pirate": 1}, ["pirate", "dora"]], ids=str)
 def test_dora_does_not_blend_and_says_why(full_lab: AdapterLab, column: Any) -> None:
     before = full_lab.selection
-    with pytest.raises(AdapterLabError, match="Dora.* is no plain ΔW"):
+    with pytest.raises(AdapterLabError, match=r"Dora.* is no plain ΔW"):
         full_lab.set_adapter(column)
     assert full_lab.selection == before
 
 
 def test_other_methods_refuse_a_multiplier_with_the_reason(lab: AdapterLab) -> None:
     lab.add_adapter("loha", "h")
-    with pytest.raises(AdapterLabError, match="'h' × 0.5 has no meaning: .*knows no multiplier for loha"):
+    with pytest.raises(AdapterLabError, match=r"'h' × 0.5 has no meaning: .*knows no multiplier for loha"):
         lab.compare("Hello", columns=[{"h": 0.5}])
     lab.add_adapter("lora", "head", modules_to_save=["lm_head"])
     with pytest.raises(AdapterLabError, match="modules_to_save replaces a whole module"):

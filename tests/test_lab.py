@@ -100,13 +100,14 @@ def test_listeners_hear_and_a_broken_one_breaks_nothing(lab: AdapterLab) -> None
     lab.set_adapter(None)
     lab.compare("Hello", max_new_tokens=1)
     assert heard == ["adapters", "state", "history"]
-    lab.on_change(broken)
+    mend = lab.on_change(broken)
     with pytest.warns(UserWarning, match="RuntimeError: no"):
         lab.set_adapter("a")
     unsubscribe()
     with pytest.warns(UserWarning, match="RuntimeError"):
         lab.set_adapter(None)
     assert heard == ["adapters", "state", "history", "state"]
+    mend()
 
 
 def test_adapters_is_a_read_only_mapping_with_completion(full_lab: AdapterLab) -> None:
@@ -142,7 +143,7 @@ def test_sizes_are_formulas(full_lab: AdapterLab) -> None:
     assert summary.loc["pirate", "megabytes"] == pytest.approx(4 * pirate / 1e6)
     assert summary["r"].isna().to_dict()["poet"]
     assert list(full_lab.summary().columns) == (
-        "adapter method r parameters megabytes share multiplier active trainable status".split()
+        ["adapter", "method", "r", "parameters", "megabytes", "share", "multiplier", "active", "trainable", "status"]
     )
 
 

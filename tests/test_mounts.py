@@ -95,7 +95,9 @@ def test_any_sequence_of_operations_equals_a_fresh_model(
     for _ in range(150):
         present = [name for name in adapter_folders if name in lab.adapters]
         absent = [name for name in adapter_folders if name not in lab.adapters]
-        what = dice.choice(["load", "set", "set", "set", "base", "disable", "enable", "delete", "train", "fail", "using"])
+        what = dice.choice(
+            ["load", "set", "set", "set", "base", "disable", "enable", "delete", "train", "fail", "using"]
+        )
         if what == "load" and absent:
             name = dice.choice(absent)
             lab.load_adapter(adapter_folders[name], name)
@@ -123,11 +125,15 @@ def test_any_sequence_of_operations_equals_a_fresh_model(
         assert torch.allclose(logits_of(lab, ids), expected[name], **CLOSE)
         if name is None:
             assert torch.equal(logits_of(lab, ids), expected[None])
-        assert [n for n, p in lab.model.named_parameters() if p.requires_grad and "lora" not in n and "ia3" not in n] == []
+        assert [
+            n for n, p in lab.model.named_parameters() if p.requires_grad and "lora" not in n and "ia3" not in n
+        ] == []
     assert acted > 20, "the sequence must have run adapters, not only base"
 
 
-def test_a_mounted_adapter_is_a_native_model(full_lab: AdapterLab, tmp_path: Path, plain_logits: Any, ids: torch.Tensor) -> None:
+def test_a_mounted_adapter_is_a_native_model(
+    full_lab: AdapterLab, tmp_path: Path, plain_logits: Any, ids: torch.Tensor
+) -> None:
     """transformers' own saving writes a folder that plain PEFT reads."""
     full_lab.set_adapter("pirate")
     assert full_lab.model.active_adapters() == ["pirate"]
@@ -159,7 +165,9 @@ def test_a_failed_load_leaves_nothing_behind(full_lab: AdapterLab, tmp_path: Pat
     full_lab.set_adapter("pirate")
     before = (list(full_lab.adapters), full_lab.selection, full_lab.trainable, copy.copy(full_lab.model.peft_config))
     keys, logits = set(full_lab.model.state_dict()), logits_of(full_lab, ids)
-    with pytest.raises(AdapterLabError, match=r"model.layers.0.self_attn.q_proj.lora_A.weight is \[4, 64\], .*needs \[4, 32\]"):
+    with pytest.raises(
+        AdapterLabError, match=r"model.layers.0.self_attn.q_proj.lora_A.weight is \[4, 64\], .*needs \[4, 32\]"
+    ):
         full_lab.load_adapter(folder)
     with pytest.raises(AdapterLabError, match="nothing_like_this"):
         full_lab.add_adapter("lora", "broken", target_modules=["nothing_like_this"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_adapters_with_a_whole_module_save_it(lab: AdapterLab, ids: torch.Tensor
         assert torch.allclose(plain(ids).logits, expected, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # plain PEFT, reading its own file
 def test_a_shrunk_adalora_from_plain_peft_loads_and_saves_again(ids: torch.Tensor, tmp_path: Path) -> None:
     """Rank allocation by PEFT itself, then its own save: the file's tensors are smaller than init_r."""
     from peft import AdaLoraConfig, get_peft_model
@@ -57,7 +59,9 @@ def test_a_shrunk_adalora_from_plain_peft_loads_and_saves_again(ids: torch.Tenso
         optimizer.step()
         plain.base_model.update_and_allocate(step)
         optimizer.zero_grad()
-    plain.save_pretrained(tmp_path / "shrunk")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*have invalid shape")  # a triplet pruned to rank 0, which PEFT mistakes
+        plain.save_pretrained(tmp_path / "shrunk")
     assert plain.peft_config["default"].rank_pattern
     with torch.no_grad():
         expected = PeftModel.from_pretrained(standins.tiny_llama(), tmp_path / "shrunk").eval()(ids).logits
@@ -122,7 +126,8 @@ def test_a_failed_save_leaves_the_old_adapter(full_lab: AdapterLab, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "weights", [{"pirate": 1.0}, {"pirate": 0.7, "wide": 0.3}, {"wide": -1.0, "ada": 2.0}, {"pirate": 1, "ada": 1, "wide": 1}]
+    "weights",
+    [{"pirate": 1.0}, {"pirate": 0.7, "wide": 0.3}, {"wide": -1.0, "ada": 2.0}, {"pirate": 1, "ada": 1, "wide": 1}],
 )
 def test_cat_is_the_blend(full_lab: AdapterLab, weights: dict[str, float], ids: torch.Tensor, tmp_path: Path) -> None:
     """rsLoRA, rank and alpha patterns and AdaLoRA included, in the lab and in plain PEFT."""
@@ -176,7 +181,7 @@ def test_pefts_own_combinations_are_called_approximate(
     plain.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "made", combination_type=kind, **extra)
     plain.set_adapter("made")
     if extra:
-        with pytest.raises(AdapterLabError, match="density=0.5"):
+        with pytest.raises(AdapterLabError, match=r"density=0\.5"):
             lab.add_weighted_adapter(["a", "b"], [0.5, 0.5], "made", combination_type=kind)
     lab.add_weighted_adapter(["a", "b"], [0.5, 0.5], "made", combination_type=kind, **extra)
     assert lab.adapters["made"].source == f"approximates a × 0.5 + b × 0.5 by {kind}"
@@ -187,7 +192,9 @@ def test_pefts_own_combinations_are_called_approximate(
 # -- merged models ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["pirate", "wide", "ada", "poet", "dora", {"pirate": 0.5, "poet": 2.0}, None], ids=str)
+@pytest.mark.parametrize(
+    "column", ["pirate", "wide", "ada", "poet", "dora", {"pirate": 0.5, "poet": 2.0}, None], ids=str
+)
 def test_a_merged_model_is_plain_and_the_lab_is_unchanged(
     full_lab: AdapterLab, column: Any, ids: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -101,7 +101,10 @@ def test_a_forged_record_is_noticed(two: AdapterLab) -> None:
 
     comparison = two.compare("Hello", max_new_tokens=4)
     left, right = comparison["left"], comparison["right"]
-    comparison.generations = [replace(left, column="right", asked=right.asked), replace(right, token_ids=left.token_ids)]
+    comparison.generations = [
+        replace(left, column="right", asked=right.asked),
+        replace(right, token_ids=left.token_ids),
+    ]
     frame = two.verify(comparison)
     assert not frame["agrees"].any()
     assert not frame["active_agree"][0]
@@ -127,7 +130,7 @@ def test_training_the_trainable_adapter_is_no_forgery(two: AdapterLab, ids: torc
 
 
 def test_nothing_to_verify(full_lab: AdapterLab) -> None:
-    with pytest.raises(AdapterLabError, match="run lab.compare"):
+    with pytest.raises(AdapterLabError, match=r"run lab\.compare"):
         full_lab.verify()
     comparison = full_lab.compare("Hello", [None], max_new_tokens=1)
     comparison.model["name"] = "another"

@@ -139,6 +139,7 @@ class TestPanelToLab:
         panel.header.switch.value = False
         lab.wait()
         assert not lab.enabled
+        assert panel.header.switch.description == "Adapters off"
         assert "adapters disabled" in panel.header.line.value
         panel.header.switch.value = True
         lab.wait()
@@ -173,6 +174,7 @@ class TestPanelToLab:
         assert "poet" in panel.columns.cards
         assert lab.selection == Column.of("pirate")
         assert not lab.enabled
+        assert panel.header.switch.description == "Adapters off"
 
     def test_load_without_a_source_says_so_and_calls_nothing(self, panel: Panel, lab: FakeLab) -> None:
         panel.load_form.button.click()

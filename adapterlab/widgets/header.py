@@ -36,7 +36,6 @@ class Header:
         self.line.value = status_html(state.status)
         self.switch.value = state.enabled
         self.switch.description = "Adapters on" if state.enabled else "Adapters off"
-        self.switch.icon = "toggle-on" if state.enabled else "toggle-off"
         self.switch.disabled = bool(state.busy) or state.closed
         self.switch.layout.display = None if state.adapter_names else "none"
 

@@ -1,0 +1,107 @@
+"""Takes the pictures of the panel in docs/images, from the demo in a real JupyterLab: look at them afterwards.
+
+    python scripts/make_screenshots.py [panel panel-dark panel-narrow panel-error]
+
+Needs Chromium (or ADAPTERLAB_CHROMIUM), playwright, JupyterLab and the demo model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from jupyterlab_page import jupyterlab, notebook_page, run_all_cells  # noqa: E402
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CELLS = ("from adapterlab import AdapterLab\n\nlab = AdapterLab.demo()", "lab.show()")
+PATIENCE = 600_000
+TALL = 2600
+
+
+def compare(page: Page) -> None:
+    """Press Generate and wait until every column is there."""
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".alab-card").last.locator(".alab-done").wait_for(timeout=PATIENCE)
+
+
+def fail_to_add(page: Page) -> None:
+    """After a comparison, add an adapter on a layer that another kind of model has."""
+    compare(page)
+    page.get_by_role("button", name="Add a new adapter").click()
+    page.get_by_label("Target modules").fill("c_attn")
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator(".alab-notice-box.alab-error").wait_for(timeout=PATIENCE)
+
+
+@dataclass(frozen=True)
+class Shot:
+    width: int
+    theme: str = "JupyterLab Light"
+    act: Callable[[Page], None] = compare
+
+
+SHOTS = {
+    "panel": Shot(1200),
+    "panel-dark": Shot(1200, theme="JupyterLab Dark"),
+    "panel-narrow": Shot(600),
+    "panel-error": Shot(1200, act=fail_to_add),
+}
+
+
+def take(name: str, shot: Shot, folder: Path) -> Path:
+    """One picture of the panel, `shot.width` pixels wide, into `folder`."""
+    import nbformat
+
+    with TemporaryDirectory() as scratch:
+        root = Path(scratch) / "root"
+        root.mkdir()
+        cells = [nbformat.v4.new_code_cell(cell) for cell in CELLS]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, root / "panel.ipynb")
+        with (
+            jupyterlab(root, Path(scratch) / "server", theme=shot.theme) as url,
+            notebook_page(url, "panel.ipynb", width=shot.width + 200, height=TALL) as page,
+        ):
+            page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+            run_all_cells(page)
+            panel = page.locator(".alab-panel")
+            panel.wait_for(timeout=PATIENCE)
+            fit_width(page, shot.width)
+            shot.act(page)
+            page.mouse.move(2, 2)  # no button looks touched
+            path = folder / f"{name}.png"
+            panel.screenshot(path=path, animations="disabled")
+    return path
+
+
+def fit_width(page: Page, width: int) -> None:
+    """Make the window as wide as the panel needs to be `width` pixels wide; the rest of the page has a fixed width."""
+    box = page.locator(".alab-panel").bounding_box()
+    assert box is not None
+    assert page.viewport_size is not None
+    around = page.viewport_size["width"] - round(box["width"])
+    page.set_viewport_size({"width": width + around, "height": TALL})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(SHOTS), metavar="NAME", help=f"of {', '.join(SHOTS)}")
+    folder = ROOT / "docs" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in parser.parse_args().names:
+        print(take(name, SHOTS[name], folder))
+
+
+if __name__ == "__main__":
+    main()
