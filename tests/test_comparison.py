@@ -26,17 +26,6 @@ def test_frame_and_lookup(comparison: Comparison) -> None:
         "prompt", "column", "text", "new_tokens", "seconds", "tokens_per_second", "finish_reason",
         "active_adapters", "logit_shift", "batched",
     ]  # fmt: skip
-        "prompt",
-        "column",
-        "text",
-        "new_tokens",
-        "seconds",
-        "tokens_per_second",
-        "finish_reason",
-        "active_adapters",
-        "logit_shift",
-        "batched",
-    ]
     assert list(frame.columns)[: len(wanted)] == wanted
     assert list(frame["column"]) == ["base", "pirate", "poet × 0.5"] * 2
     assert list(frame["prompt"]) == ["What is the moon?"] * 3 + ["Who are you?"] * 3

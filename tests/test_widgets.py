@@ -16,7 +16,7 @@ from adapterlab.widgets import Panel, build_panel
 from adapterlab.widgets.columns import ColumnsView, hue_of
 from adapterlab.widgets.compat import label_text
 from adapterlab.widgets.forms import EXAMPLE_ID
-from adapterlab.widgets.state import PanelState, read_rows, short_share
+from adapterlab.widgets.state import PanelState, short_share
 
 HOSTILE = '<img src=x onerror="window.hacked=1"></div><script>window.hacked=1</script>&amp;'
 
@@ -479,15 +479,21 @@ def test_flush_is_held_to_ten_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_read_from_the_lab(lab: FakeLab) -> None:
     lab.selection = Column.of({"pirate": 0.5, "robot": 1})
-    base, pirate, robot = read_rows(lab)  # type: ignore[arg-type]
-    assert (base.name, base.parameters, base.bytes, base.in_model) == (
-        "base",
-        BASE_PARAMETERS,
-        4 * BASE_PARAMETERS,
-        None,
-    )
-    assert (pirate.kind, pirate.in_model, robot.kind, robot.in_model) == ("LoRA · rank 8", 0.5, "IA3", 1.0)
+    state = PanelState()
+    state.read(lab)  # type: ignore[arg-type]
+    base, pirate, robot = state.rows
+    assert (base.name, base.parameters, base.bytes) == ("base", BASE_PARAMETERS, 4 * BASE_PARAMETERS)
+    assert (pirate.kind, robot.kind) == ("LoRA · rank 8", "IA3")
     assert pirate.share == 460_800 / BASE_PARAMETERS
+    assert [row.in_model for row in state.rows] == [None, 0.5, 1.0]
+
+
+def test_switching_in_python_does_not_count_the_weights_again(
+    panel: Panel, lab: FakeLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "parameters", lambda: pytest.fail("parameters() was asked for"))
+    lab.set_adapter("robot")
+    assert "acting now: robot" in panel.header.line.value
 
 
 def test_a_share_has_two_figures_that_matter() -> None:

@@ -21,9 +21,9 @@ class LoadForm:
     def __init__(self, state: PanelState, on_load: Callable[[str, str | None], object]) -> None:
         self._on_load = on_load
         self.source = classes(
-            w.Text(description="Folder or Hub id", placeholder=f"for example {EXAMPLE_ID}"), "alab-wide"
+            _text(description="Folder or Hub id", placeholder=f"for example {EXAMPLE_ID}"), "alab-wide"
         )
-        self.name = w.Text(description="Name", placeholder="from the folder or id")
+        self.name = _text(description="Name", placeholder="from the folder or id")
         self.button = w.Button(description="Load")
         set_tooltip(self.button, "lab.load_adapter: read it, check it against this base, and hang it on")
         controls = [self.source, self.name, self.button]
@@ -41,10 +41,10 @@ class AddForm:
     def __init__(self, state: PanelState, on_add: Callable[[str, str, dict[str, Any]], object]) -> None:
         self._on_add = on_add
         self.method = classes(w.Dropdown(options=list(METHODS.items()), description="Method"), "alab-short")
-        self.name = w.Text(value="default", description="Name")
+        self.name = _text(value="default", description="Name")
         self.r = classes(w.BoundedIntText(value=8, min=1, max=4096, description="Rank"), "alab-short")
         self.targets = classes(
-            w.Text(description="Target modules", placeholder="PEFT's choice, or for example q_proj, v_proj"),
+            _text(description="Target modules", placeholder="PEFT's choice, or for example q_proj, v_proj"),
             "alab-wide",
         )
         self.button = w.Button(description="Add")
@@ -75,6 +75,11 @@ def _form(title: str, hint: str, controls: list[Any]) -> Fold:
     fold = Fold(title, [heading, classes(w.HBox(controls), "alab-form")])
     classes(fold.body, "alab-inset")
     return fold
+
+
+def _text(**traits: Any) -> w.Text:
+    # Sent when the focus leaves it: a click on the button then always comes after the last letter.
+    return w.Text(continuous_update=False, **traits)
 
 
 def _lock(button: w.Button, state: PanelState) -> None:

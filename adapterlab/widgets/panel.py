@@ -163,8 +163,10 @@ class Panel(w.VBox):
         if kind == "closed":
             self._shut()
             self.state.notice = Notice("info", "This lab is closed. Open another with AdapterLab(…).show().")
-        elif kind in ("adapters", "state"):
+        elif kind == "adapters":
             self.state.read(self._lab)
+        elif kind == "state":
+            self.state.read_selection(self._lab)
 
     def _load(self, source: str, name: str | None) -> None:
         lab = self._lab

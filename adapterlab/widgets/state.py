@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import traitlets as t
@@ -84,9 +84,15 @@ class PanelState(t.HasTraits):
         names = [row.name for row in rows]
         self.compared = {name: self.compared.get(name, True) for name in names}
         self.multipliers = {name: self.multipliers.get(name, 1.0) for name in names}
+        self.rows = tuple(rows)
+        self.read_selection(lab)
+
+    def read_selection(self, lab: AdapterLab) -> None:
+        """Take over what acts in `lab.model`, which changes often and costs little to ask for."""
+        in_model = {BASE: 1.0} if lab.selection.is_base else lab.selection.as_dict()
         self.selection = lab.selection
         self.enabled = lab.enabled
-        self.rows = tuple(rows)
+        self.rows = tuple(replace(row, in_model=in_model.get(row.name)) for row in self.rows)
         self.status = lab.status()
 
     def column(self, name: str) -> Column:
@@ -110,23 +116,14 @@ class PanelState(t.HasTraits):
 
 
 def read_rows(lab: AdapterLab) -> list[Row]:
-    """The base and the adapters as the list shows them; sizes come from `lab.parameters()`."""
-    in_model = lab.selection.as_dict()
+    """The base and the adapters as the list shows them, selection left out; sizes come from `lab.parameters()`."""
     sizes = {row["owner"]: row for row in lab.parameters().to_dict("records")}
-    base = sizes[BASE]
-    first = Row(
-        BASE,
-        "base model",
-        int(base["parameters"]),
-        int(base["bytes"]),
-        1.0,
-        in_model=1.0 if lab.selection.is_base else None,
-    )
-    rows = [first]
+    base = Row(BASE, "base model", int(sizes[BASE]["parameters"]), int(sizes[BASE]["bytes"]), 1.0)
+    rows = [base]
     for name, info in lab.adapters.items():
         kind = method_label(info.method) + (f" · rank {info.r}" if info.r else "")
-        share = info.parameters / max(first.parameters, 1)
-        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, in_model.get(name)))
+        share = info.parameters / max(base.parameters, 1)
+        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status))
     return rows
 
 
