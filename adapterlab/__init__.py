@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.errors import AdapterLabError
 
 if TYPE_CHECKING:
-    from adapterlab.adapters import AdapterInfo
     from adapterlab.columns import Column
     from adapterlab.comparison import Comparison, Generation, TokenEvent
     from adapterlab.lab import AdapterLab
     from adapterlab.notices import AdapterLabWarning
     from adapterlab.preflight import Preflight
+    from adapterlab.records import AdapterInfo
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterInfo": "adapters",
+    "AdapterInfo": "records",
     "AdapterLab": "lab",
     "AdapterLabWarning": "notices",
     "Column": "columns",

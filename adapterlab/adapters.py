@@ -4,13 +4,13 @@ ARCHITECTURE.md. PEFT mixes selection, enabling and training; here they are apar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import BASE, Column, ColumnLike, check_name
 from adapterlab.errors import AdapterLabError
 from adapterlab.notices import say, warn
+from adapterlab.records import AdapterInfo, Record
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,53 +20,6 @@ if TYPE_CHECKING:
 
 
 ACTS_NOW: Any = object()  # the column "what acts now", where None already means base
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """One adapter, as people ask about it. `bytes` are those in memory; `r` is the config's rank, None without one.
-
-    `status`: *untrained* (changes nothing), *random weights* (as it was drawn), *loaded* (as its file),
-    *trained here* (changed in this lab and saved), *unsaved* (changed in this lab, on no disk).
-    """
-
-    name: str
-    method: str
-    r: int | None
-    parameters: int
-    bytes: int
-    target_modules: tuple[str, ...]
-    source: str
-    status: str
-    peft_config: PeftConfig = field(repr=False)
-
-
-@dataclass
-class Record:
-    """What the lab remembers of an adapter beside its layers.
-
-    Digests: `digest` as last seen; `reference`: the weights that the lab took in, made or trained under this name, which
-    is what a run must show to be believed; `initial`, `loaded`, `saved`: as drawn, as read, as last written.
-    """
-
-    source: str
-    digest: str
-    noop: bool
-    reference: str
-    initial: str | None = None
-    loaded: str | None = None
-    saved: str | None = None
-    files: AdapterFiles | None = None
-
-    @property
-    def status(self) -> str:
-        if self.digest == self.loaded:
-            return "loaded"
-        if self.noop:
-            return "untrained"
-        if self.digest == self.initial:
-            return "random weights"
-        return "trained here" if self.digest == self.saved else "unsaved"
 
 
 class Adapters:
@@ -88,10 +41,12 @@ class Adapters:
         self.records: dict[str, Record] = {}
         self._given = _remember(model)
         self.mounts = Mounts(model)
-        for name, (config, state) in self.mounts.adopt().items():
-            self._take(config, name, state, source="came with the model")
-        for parameter in model.parameters():
+        brought = self.mounts.adopt()
+        self.base: dict[str, Any] = dict(model.named_parameters())  # the bare base's own, whatever is mounted later
+        for parameter in self.base.values():
             parameter.requires_grad_(False)
+        for name, (config, state) in brought.items():
+            self._take(config, name, state, source="came with the model")
 
     # -- the state ---------------------------------------------------------------------------------------------
 
@@ -404,39 +359,6 @@ class Adapters:
         """Take everything out and give the model back as it came: bare, or with the adapters it came with."""
         self.mounts.mount(Column())
         _restore(self.model, self._given)
-
-
-class AdapterView(Mapping[str, AdapterInfo]):
-    """`lab.adapters`: read-only, with the names for tab completion. An unknown name says which there are."""
-
-    def __init__(self, adapters: Adapters) -> None:
-        self._adapters = adapters
-
-    def __getitem__(self, name: str) -> AdapterInfo:
-        if name not in self._adapters.records:
-            raise UnknownAdapterError(name, list(self._adapters.records))
-        return self._adapters.info(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters.records)
-
-    def __len__(self) -> int:
-        return len(self._adapters.records)
-
-    def __repr__(self) -> str:
-        return f"adapters({', '.join(self) or 'none yet'})"
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
-
-
-class UnknownAdapterError(AdapterLabError, KeyError):
-    """A name that no adapter has; a `KeyError` too, so that `in` and `.get` work as on any mapping."""
-
-    def __init__(self, name: str, known: list[str]) -> None:
-        super().__init__(f"No adapter named {name!r}; the lab has {', '.join(map(repr, known)) or 'none yet'}.")
-
-    __str__ = Exception.__str__
 
 
 def _product(shape: tuple[int, ...]) -> int:

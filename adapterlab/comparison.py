@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -186,11 +185,14 @@ class Comparison:
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write a page that stands alone, readable without a kernel. An existing file is replaced whole."""
         from adapterlab.render import comparison_page
+        from adapterlab.storage import write_text
 
-        return _write(Path(path), comparison_page(self))
+        return write_text(Path(path), comparison_page(self))
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write everything, base logprobs included while the lab is open. An existing file is replaced whole."""
+        from adapterlab.storage import write_text
+
         self._fill_base_logprobs()
         content = {
             "format": FORMAT,
@@ -203,7 +205,7 @@ class Comparison:
             "prompt_ids": self.prompt_ids,
             "generations": [_plain(asdict(g)) for g in self.generations],
         }
-        return _write(Path(path), json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
+        return write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Comparison:
@@ -295,27 +297,3 @@ def _generation(row: dict[str, Any]) -> Generation:
 
 def _tuple(value: Any) -> Any:
     return None if value is None else tuple(math.nan if item is None else item for item in value)
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write beside and rename, so that a reader finds the old file or the new one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, 0o666 & ~_umask())
-            os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
-    except OSError as error:
-        raise AdapterLabError(f"{str(path)!r} can't be written: {error.strerror or error}.") from error
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -290,10 +290,11 @@ def _quiet_transformers(progress: bool) -> Iterator[None]:
 DEMO_ADAPTERS = ("pirate", "robot")
 
 DEMO_QUESTIONS = (
-    "What is the moon?",
-    "Why is the sky blue?",
-    "How do airplanes fly?",
     "What is happiness?",
+    "Why should I read books?",
+    "Who was Albert Einstein?",
+    "What is chocolate?",
+    "What is a cat?",
 )
 """Good first prompts; no adapter was trained on them."""
 

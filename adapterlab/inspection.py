@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
 
     from adapterlab.adapters import Adapters
 
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
-
-
-def base_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """The base's own parameters, each once, whatever is mounted."""
-    with adapters.using(None) as model:
-        yield from list(model.named_parameters())
 
 
 def count_parameters(tensor: Any) -> int:
@@ -48,7 +40,7 @@ def base_size(adapters: Adapters) -> tuple[int, int, str]:
     """(parameters, bytes, dtype of most of them) of the base."""
     parameters = size = 0
     by_dtype: dict[str, int] = {}
-    for _, tensor in base_tensors(adapters):
+    for tensor in adapters.base.values():
         parameters += count_parameters(tensor)
         size += count_bytes(tensor)
         name = str(tensor.dtype).removeprefix("torch.")

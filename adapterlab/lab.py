@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adapterlab.adapters import AdapterInfo
     from adapterlab.preflight import Preflight
     from adapterlab.prompts import PromptLike
+    from adapterlab.records import AdapterInfo
 
 F = TypeVar("F", bound=Callable[..., Any])
 Listener = Callable[[str], None]
@@ -315,7 +315,7 @@ class AdapterLab:
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
         """Read-only: name → what is known of the adapter, in the order of coming."""
-        from adapterlab.adapters import AdapterView
+        from adapterlab.records import AdapterView
 
         self._check_open()
         return AdapterView(self._adapters)
@@ -479,19 +479,19 @@ class AdapterLab:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    @_exclusive
     def summary(self) -> pd.DataFrame:
         """One row per adapter: adapter, method, r, parameters, megabytes (10⁶ bytes), share (of the base's
-        parameters), multiplier, active, trainable, status. Reads no weights."""
+        parameters), multiplier, active, trainable, status. Reads no weights and waits for nobody."""
         from adapterlab.inspection import summary_frame
 
+        self._check_open()
         return summary_frame(self._adapters)
 
-    @_exclusive
     def parameters(self) -> pd.DataFrame:
         """One row per owner, the base first: owner, parameters, trainable, effective, bytes, dtype, share_of_base."""
         from adapterlab.inspection import parameters_frame
 
+        self._check_open()
         return parameters_frame(self._adapters)
 
     def plot_parameters(self, ax: Axes | None = None) -> Figure:
@@ -506,16 +506,15 @@ class AdapterLab:
 
         if self._closed:
             return f"{getattr(self, 'name', 'AdapterLab')} · closed"
-        with self._lock:
-            parameters, size, _ = base_size(self._adapters)
-            dtype = dtype_label(self._adapters, self._quantization)
-            if not self._adapters.enabled:
-                acting = "adapters disabled"
-            else:
-                parts = self._adapters.selection.parts
-                acting = "acting now: " + (" + ".join(f"{name} × {m:g}" for name, m in parts) or "base")
-            device = self._adapters.model.device
-            return f"{self.name} · {people_count(parameters)} · {dtype} · {people_bytes(size)} · {device} · {acting}"
+        parameters, size, _ = base_size(self._adapters)
+        dtype = dtype_label(self._adapters, self._quantization)
+        if self._adapters.enabled:
+            parts = self._adapters.selection.parts
+            acting = "acting now: " + (" + ".join(f"{name} × {m:g}" for name, m in parts) or "base")
+        else:
+            acting = "adapters disabled"
+        device = self._adapters.model.device
+        return f"{self.name} · {people_count(parameters)} · {dtype} · {people_bytes(size)} · {device} · {acting}"
 
     def __repr__(self) -> str:
         return f"AdapterLab({self.status()})"

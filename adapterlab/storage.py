@@ -1,4 +1,4 @@
-"""An adapter to disk: one folder that plain PEFT loads, written beside and renamed, so that no half file is ever read."""
+"""To disk: written beside and renamed, so that no half file is ever read. An adapter is a folder that plain PEFT loads."""
 
 from __future__ import annotations
 
@@ -74,3 +74,27 @@ def replace_folder(beside: Path, folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write beside and rename, so that a reader finds the old file or the new one. Gives back the path."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(beside, 0o666 & ~_umask())
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise AdapterLabError(f"{str(path)!r} can't be written: {error.strerror or error}.") from error
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -3,7 +3,8 @@
     python scripts/train_demo_adapters.py                      # all of them, into adapterlab/data/adapters
     python scripts/train_demo_adapters.py robot --output DIR   # one, elsewhere
 
-Same machine, same versions, same adapter: the seed is fixed. A run takes a few minutes on two CPU cores.
+The seed is fixed: same machine, same versions, same number of threads, same adapter. Three to four minutes each on
+two CPU cores.
 """
 
 from __future__ import annotations

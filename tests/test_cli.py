@@ -13,6 +13,7 @@ from fakelab import FakeLab
 
 import adapterlab
 from adapterlab import cli
+from adapterlab.demo import DEMO_QUESTIONS
 from adapterlab.errors import AdapterLabError
 
 PIRATE = "Arr, the moon be a silver doubloon that hangs above every ship that sails the seven seas"
@@ -66,7 +67,7 @@ class TestDemo:
         assert cli.main(arguments) == 0
         printed = capsys.readouterr()
         assert "some/model · 135 M" in printed.out
-        assert "What is the moon?" in printed.out
+        assert DEMO_QUESTIONS[0] in printed.out
         for word in ("base", "pirate", "robot", "doubloon", "BEEP", "logit shift 4.25"):
             assert word in printed.out
         assert "pirate: 17 tokens, eos" in printed.err
