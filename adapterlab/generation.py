@@ -1,4 +1,4 @@
-"""Prompts × columns → Comparison. Columns run one after another, each with its adapter alone in the model."""
+"""Prompts × columns → Comparison. Columns share one batch where they can (rows.py) and run in turn where they can't."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from adapterlab.columns import Column
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
 from adapterlab.fingerprints import adapter_digest, base_digest, column_digest
-from adapterlab.sampling import Decoded, Sampler, make_decoder
+from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
+from adapterlab.sampling import Row, Sampler, make_decoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,84 +44,191 @@ class Run:
     stop: threading.Event
     on_token: OnToken | None
     about: dict[str, Any]
+    references: dict[int, Tensor | None] = field(default_factory=dict)  # the base's first logits, by prompt
 
 
 def run_comparison(run: Run) -> Comparison:
     """Generate every column for every prompt. The lab's state, the model's mode and its config are afterwards as before."""
-    generations: list[Generation] = []
+    parts: list[Generation] = []
     with eval_mode(run.adapters.model), neutral_generation_config(run.adapters.model, run.tokenizer):
         with run.adapters.using(None) as model:
             base = base_digest(model)
-        for index, prompt in enumerate(run.prompts):
-            reference: Tensor | None = None
-            for column in sorted(run.columns, key=lambda column: not column.is_base):
-                if run.stop.is_set() and generations:
-                    break
-                with run.adapters.using(column):
-                    generation, decoded = _generate(run, index, prompt, column, base)
-                if column.is_base:
-                    reference = decoded.first_logits
-                elif reference is None:
-                    reference = _first_logits(run, prompt)
-                shift = _shift(decoded.first_logits, reference)
-                generations.append(replace(generation, logit_shift=0.0 if column.is_base else shift))
+        for group in plan_groups(run):
+            if run.stop.is_set() and parts:
+                break
+            parts.extend(run_group(run, group, base))
     order = {column.label: place for place, column in enumerate(run.columns)}
-    generations.sort(key=lambda g: (g.prompt_index, order[g.column]))
+    parts.sort(key=lambda g: (g.prompt_index, order[g.column]))
     return Comparison(
         prompts=[prompt.given for prompt in run.prompts],
         rendered=[prompt.rendered for prompt in run.prompts],
         prompt_ids=[prompt.ids for prompt in run.prompts],
         settings=run.settings.as_dict(),
         model={**run.about, "base_digest": base},
-        generations=generations,
+        generations=parts,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _generate(run: Run, index: int, prompt: Prompt, column: Column, base: str) -> tuple[Generation, Decoded]:
-    import torch
+@dataclass(frozen=True)
+class Group:
+    """Columns × prompts that go through the model in one `generate` call; `note` says why they are alone, if so."""
 
-    model, tokenizer = run.adapters.model, run.tokenizer
-    standing = run.adapters.mounts.standing()
-    digest = (
-        column_digest((m, adapter_digest(layers, name)) for name, (m, layers) in standing.items()) if standing else base
+    columns: tuple[Column, ...]
+    prompts: tuple[int, ...]
+    batched: bool = True
+    note: str = ""
+
+
+def plan_groups(run: Run) -> list[Group]:
+    """All columns that can be rows of one batch, with as many prompts as the memory takes; then the others, in turn."""
+    mounts = run.adapters.mounts
+    blocked = model_obstacle(run.adapters.model)
+    reasons = {column: blocked or row_obstacle(mounts, column) for column in run.columns}
+    # Columns of one kind lie together, so that each layer's factors are one span: base, then scales, then factors.
+    together = sorted((c for c in run.columns if reasons[c] is None), key=lambda c: _kind(run, c))
+    groups = []
+    if together:
+        groups += [Group(tuple(together), prompts) for prompts in _prompt_batches(run, len(together))]
+    for column, reason in reasons.items():
+        if reason is not None:
+            note = f"run in turn: {reason}"
+            groups.extend(Group((column,), (index,), False, note) for index in range(len(run.prompts)))
+    return groups
+
+
+def _kind(run: Run, column: Column) -> int:
+    methods = {run.adapters.info(name).method for name in column.names}
+    return 0 if not methods else 1 if methods == {"IA3"} else 2
+
+
+def _prompt_batches(run: Run, columns: int) -> list[tuple[int, ...]]:
+    """Prompts cut so that the KV cache of columns × prompts takes at most half of the free memory.
+
+    Processors such as repetition_penalty would read padding as text: with them, only prompts of one length share a batch.
+    """
+    lengths = [len(prompt.ids) for prompt in run.prompts]
+    rows = max(
+        1,
+        int(
+            0.5
+            * free_memory(run.adapters.model)
+            // cache_bytes(run.adapters.model, max(lengths) + run.settings.max_new_tokens)
+        ),
     )
-    out, stream = Decoded(), _Stream(run, index, column.label)
-    sampler = Sampler(run.settings.seed, run.settings.temperature, prompt.ids)
-    ids = torch.tensor([prompt.ids], device=_input_device(model))
-    stop_strings = {"tokenizer": tokenizer} if "stop_strings" in run.settings.extra else {}
-    started = time.perf_counter()
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        use_cache=True,
-        custom_generate=make_decoder(sampler, run.stop, out, lambda token, reason: stream.put(out, reason)),
-        **run.settings.for_generate(),
-        **stop_strings,
-    )
-    seconds = time.perf_counter() - started
-    text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
-    if out.finish_reason == "stopped":
-        stream.put(out, "stopped")
-    generation = Generation(
+    room = max(1, rows // columns)
+    buckets: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        buckets.setdefault(length if run.settings.extra else 0, []).append(index)
+    return [tuple(b[i : i + room]) for b in buckets.values() for i in range(0, len(b), room)]
+
+
+def run_group(run: Run, group: Group, base: str) -> list[Generation]:
+    """Generate one group; `base` is the base's digest. Columns whose rows a layer can't tell apart go in turn instead."""
+    places = [(column, index) for column in group.columns for index in group.prompts]
+    rows = [
+        Row(
+            Sampler(run.settings.seed, run.settings.temperature, run.prompts[index].ids),
+            _Stream(run, index, c.label).put,
+        )
+        for c, index in places
+    ]
+    try:
+        if group.batched:
+            proofs, started = _decode_batch(run, group, rows, base)
+        else:
+            proofs, started = _decode_alone(run, group.columns[0], group.prompts[0], rows, base)
+    except RowsError as error:
+        alone = [Group((c,), (index,), False, f"run in turn: {error}") for c, index in places]
+        return [generation for one in alone for generation in run_group(run, one, base)]
+    for (column, index), row in zip(places, rows):
+        if column.is_base:
+            run.references[index] = row.first_logits
+    return [
+        _generation(run, group, column, index, row, proofs[column], row.ended - started)
+        for (column, index), row in zip(places, rows)
+    ]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Who acted in a column: adapter → multiplier, read off the modules in the model, and the digest of their tensors."""
+
+    acting: dict[str, float]
+    digest: str
+
+
+def _decode_alone(
+    run: Run, column: Column, index: int, rows: list[Row], base: str
+) -> tuple[dict[Column, Proof], float]:
+    with run.adapters.using(column):
+        standing = run.adapters.mounts.standing()
+        digests = [(m, adapter_digest(layers, name)) for name, (m, layers) in standing.items()]
+        acting = {name: m for name, (m, _) in standing.items()}
+        proof = Proof(acting, column_digest(digests) if digests else base)
+        return {column: proof}, _decode(run, [run.prompts[index]], rows)
+
+
+def _decode_batch(run: Run, group: Group, rows: list[Row], base: str) -> tuple[dict[Column, Proof], float]:
+    mounts = run.adapters.mounts
+    prompts = [run.prompts[index] for index in group.prompts]
+    with run.adapters.using(None):
+        layout = Rows(mounts, group.columns, len(prompts), {max(len(p.ids) for p in prompts), 1})
+        with layout.mounted(mounts):
+            proofs = {c: Proof(*layout.proof(i, mounts, base)) for i, c in enumerate(group.columns)}
+            return proofs, _decode(run, prompts * len(group.columns), rows, layout)
+
+
+def _generation(
+    run: Run, group: Group, column: Column, index: int, row: Row, proof: Proof, seconds: float
+) -> Generation:
+    decode = run.tokenizer.decode
+    return Generation(
         column=column.label,
         asked=column.parts,
         prompt_index=index,
-        prompt=prompt.given,
-        text=text,
-        token_ids=tuple(out.token_ids),
-        tokens=tuple(tokenizer.decode([token]) for token in out.token_ids),
-        logprobs=tuple(out.logprobs),
-        leads=tuple(out.leads),
-        finish_reason=out.finish_reason,
+        prompt=run.prompts[index].given,
+        text=decode(row.token_ids, skip_special_tokens=True),
+        token_ids=tuple(row.token_ids),
+        tokens=tuple(decode([token]) for token in row.token_ids),
+        logprobs=tuple(row.logprobs),
+        leads=tuple(row.leads),
+        finish_reason=row.finish_reason,
         seconds=seconds,
-        active_adapters=tuple(standing),
-        multipliers=tuple(multiplier for multiplier, _ in standing.values()),
-        logit_shift=math.nan,
-        weights_digest=digest,
-        note="" if column.is_base else "run alone, in turn",
+        active_adapters=tuple(proof.acting),
+        multipliers=tuple(proof.acting.values()),
+        logit_shift=0.0 if column.is_base else _shift(run, row, index),
+        weights_digest=proof.digest,
+        batched=group.batched and len(group.columns) * len(group.prompts) > 1,
+        note=group.note,
     )
-    return generation, out
+
+
+def _decode(run: Run, prompts: list[Prompt], rows: list[Row], layout: Rows | None = None) -> float:
+    """One `generate` call on the model as it stands, a row for each of `prompts`; gives the time at which it began."""
+    import torch
+
+    model = run.adapters.model
+    width = max(len(prompt.ids) for prompt in prompts)
+    pad = model.generation_config.pad_token_id or 0
+    ids, mask = [], []
+    for prompt in prompts:
+        gap = width - len(prompt.ids)
+        left = 0 if model.config.is_encoder_decoder else gap  # a decoder goes on where the prompt ends
+        ids.append([pad] * left + [*prompt.ids] + [pad] * (gap - left))
+        mask.append([0] * left + [1] * len(prompt.ids) + [0] * (gap - left))
+    device = _input_device(model)
+    stop_strings = {"tokenizer": run.tokenizer} if "stop_strings" in run.settings.extra else {}
+    started = time.perf_counter()
+    model.generate(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        use_cache=True,
+        custom_generate=make_decoder(rows, run.stop, layout),
+        **run.settings.for_generate(),
+        **stop_strings,
+    )
+    return started
 
 
 class _Stream:
@@ -133,10 +241,10 @@ class _Stream:
         self.run, self.index, self.label = run, index, label
         self.said_from = self.said_to = 0
 
-    def put(self, out: Decoded, reason: str | None) -> None:
+    def put(self, row: Row, reason: str | None) -> None:
         if self.run.on_token is None:
             return
-        decode, ids = self.run.tokenizer.decode, out.token_ids
+        decode, ids = self.run.tokenizer.decode, row.token_ids
         said = decode(ids[self.said_from : self.said_to], skip_special_tokens=True)
         text = decode(ids[self.said_from :], skip_special_tokens=True)
         piece = ""
@@ -147,14 +255,23 @@ class _Stream:
         self.run.on_token(TokenEvent(self.index, self.label, last, token, piece, reason))
 
 
+def _shift(run: Run, row: Row, index: int) -> float:
+    """Largest |Δlogit| against the bare base on the prompt's last position, which is computed if it is not yet known."""
+    if row.first_logits is None:  # stopped before the first token
+        return math.nan
+    reference = run.references.get(index)
+    if reference is None:
+        reference = run.references[index] = _first_logits(run, run.prompts[index])
+    return float((row.first_logits - reference).abs().max())
+
+
 def _first_logits(run: Run, prompt: Prompt) -> Tensor:
-    """The bare base's logits on the prompt's last position: the reference for logit_shift when base is no column."""
     import torch
 
-    out, never = Decoded(), threading.Event()
+    row = Row(Sampler(0, 0.0, prompt.ids), lambda row, reason: None)
     with run.adapters.using(None) as model:
         ids = torch.tensor([prompt.ids], device=_input_device(model))
-        decoder = make_decoder(Sampler(0, 0.0, prompt.ids), never, out, lambda token, reason: None)
+        decoder = make_decoder([row], threading.Event())
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -162,14 +279,8 @@ def _first_logits(run: Run, prompt: Prompt) -> Tensor:
             max_new_tokens=1,
             do_sample=False,
         )
-    assert out.first_logits is not None
-    return out.first_logits
-
-
-def _shift(mine: Tensor | None, reference: Tensor | None) -> float:
-    if mine is None or reference is None:  # stopped before the first token
-        return math.nan
-    return float((mine - reference).abs().max())
+    assert row.first_logits is not None  # nobody can stop this one
+    return row.first_logits
 
 
 def compute_logprobs(model: Any, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> tuple[float, ...]:
@@ -238,6 +349,27 @@ def neutral_generation_config(model: Any, tokenizer: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = given
+
+
+def cache_bytes(model: Any, positions: int) -> int:
+    """Bytes of KV cache that one row of `positions` takes, from the config: keys and values of every layer."""
+    config = model.config.get_text_config(decoder=True)
+    layers: int = getattr(config, "num_hidden_layers", 0) or getattr(config, "num_layers", 1)
+    heads: int = getattr(config, "num_attention_heads", 1)
+    groups: int = getattr(config, "num_key_value_heads", None) or heads
+    width: int = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    size = model.dtype.itemsize
+    return max(1, 2 * layers * groups * width * positions * size * (2 if model.config.is_encoder_decoder else 1))
+
+
+def free_memory(model: Any) -> int:
+    """Bytes that are free where the model computes: on its GPU, or on the host."""
+    import psutil
+    import torch
+
+    if model.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(model.device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def check_context(model: Any, prompts: Sequence[Prompt], settings: Settings) -> None:

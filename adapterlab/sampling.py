@@ -1,17 +1,18 @@
 """Common random numbers: columns differ because of the adapter and not because of the dice.
 
 A sample from a softmax is the argmax of logits / temperature + Gumbel noise (Gumbel 1954; Maddison et al. 2014). The
-noise here is a function of (seed, the prompt's ids, the row's step) alone, so two columns that give equal logits give
-equal tokens, and a column does not depend on which others ran.
+noise here is a function of (seed, the prompt's ids, the row's step) alone, never of the row's place in the batch, so
+two columns that give equal logits give equal tokens, and a column does not depend on which others ran.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,45 +30,62 @@ def compute_noise(seed: int, prompt_ids: Sequence[int], step: int, size: int) ->
 
 @dataclass(frozen=True)
 class Sampler:
-    """Chooses a token from processed scores; greedy where `temperature` is 0."""
+    """Chooses tokens from processed scores; greedy where `temperature` is 0."""
 
     seed: int
     temperature: float
     prompt_ids: tuple[int, ...]
 
-    def choose(self, scores: Tensor, step: int) -> tuple[int, float]:
-        """The token of `scores` (shape (vocabulary,), fp32, processors and temperature applied) and its lead over the next.
-
-        The lead is in units of the perturbed scores: what rounding has to overcome to change the token.
-        """
-        import torch
-
-        if self.temperature > 0:
-            scores = scores + compute_noise(self.seed, self.prompt_ids, step, scores.shape[-1]).to(scores.device)
-        best = torch.topk(scores, min(2, scores.shape[-1]))
-        lead = float(best.values[0] - best.values[-1]) if len(best.values) > 1 else float("inf")
-        # argmax, not topk's index: among exactly equal scores transformers' greedy search takes argmax's choice.
-        return int(torch.argmax(scores)), lead
+    def noise(self, step: int, size: int) -> Tensor:
+        return compute_noise(self.seed, self.prompt_ids, step, size)
 
 
 @dataclass
-class Decoded:
-    """What one decoding run produced; it grows while the run goes on. Logprobs are of the raw logits, unprocessed."""
+class Row:
+    """One row of the batch: how it chooses, whom it tells, and what came of it; it grows while the run goes on.
 
+    logprobs are of the raw logits, unprocessed. leads: by how much each token won, in units of the perturbed scores:
+    what rounding has to overcome to change it.
+    """
+
+    sampler: Sampler
+    on_step: Callable[[Row, str | None], None]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     leads: list[float] = field(default_factory=list)
     first_logits: Tensor | None = None
-    finish_reason: str = "length"
+    finish_reason: str = ""
+    ended: float = 0.0  # perf_counter() when it finished
 
 
-def make_decoder(
-    sampler: Sampler, stop: threading.Event, out: Decoded, on_step: Callable[[int, str | None], None]
-) -> Callable[..., Tensor]:
-    """A function for `generate(custom_generate=…)` that decodes one row into `out`.
+class Layout(Protocol):
+    """What knows how rows may leave the batch."""
+
+    def keep(self, done: Sequence[bool]) -> list[int] | None: ...
+
+
+def choose(scores: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+    """Tokens and leads for `scores` (rows, vocabulary), fp32, processors applied; rows of one prompt share their noise."""
+    import torch
+
+    drawn: dict[tuple[Sampler, int], Tensor] = {}
+    for i, row in enumerate(rows):
+        if row.sampler.temperature > 0:
+            key = (row.sampler, len(row.token_ids))
+            if key not in drawn:
+                drawn[key] = row.sampler.noise(key[1], scores.shape[-1]).to(scores.device)
+            scores[i] += drawn[key]
+    best = torch.topk(scores, min(2, scores.shape[-1])).values
+    leads = (best[:, 0] - best[:, -1]).tolist() if best.shape[-1] > 1 else [float("inf")] * len(rows)
+    # argmax, not topk's index: among exactly equal scores transformers' greedy search takes argmax's choice.
+    return scores.argmax(-1).tolist(), leads
+
+
+def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None = None) -> Callable[..., Tensor]:
+    """A function for `generate(custom_generate=…)` that decodes a batch into `rows`, in their order.
 
     `generate` hands it the processors, with temperature, top-k and top-p last and in order, which a processor of
-    one's own would run before (issue 2). `stop` ends it within a token; `on_step(token_id, finish_reason)` follows each token.
+    one's own would run before (issue 2). `stop` ends it within a token. Finished rows leave as `layout` allows.
     """
 
     def decode(
@@ -84,6 +102,7 @@ def make_decoder(
         eos = generation_config._eos_token_tensor
         ends = set() if eos is None else set(eos.flatten().tolist())
         is_encoder_decoder = model.config.is_encoder_decoder
+        live = list(rows)
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         while not stop.is_set():
             model_kwargs = model._update_model_kwargs_for_generation(
@@ -91,32 +110,60 @@ def make_decoder(
             )
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             del outputs
-            if out.first_logits is None:
-                out.first_logits = logits[0].clone()
-            token, lead = sampler.choose(logits_processor(input_ids, logits.clone())[0], len(out.token_ids))
-            out.token_ids.append(token)
-            out.logprobs.append(float(torch.log_softmax(logits[0], -1)[token]))
-            out.leads.append(lead)
-            input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=-1)
-            reason = _finish_reason(token, ends, input_ids, stopping_criteria)
-            on_step(token, reason)
-            if reason is not None:
-                out.finish_reason = reason
+            tokens, leads = choose(logits_processor(input_ids, logits.clone()), live)
+            picked = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+            logprobs = (picked - logits.logsumexp(-1)).tolist()
+            input_ids = torch.cat([input_ids, input_ids.new_tensor(tokens)[:, None]], dim=-1)
+            halted = stopping_criteria(input_ids, None).tolist()
+            full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
+            for i, row in enumerate(live):
+                if row.finish_reason:
+                    continue
+                if row.first_logits is None:
+                    row.first_logits = logits[i].clone()
+                row.token_ids.append(tokens[i])
+                row.logprobs.append(logprobs[i])
+                row.leads.append(leads[i])
+                row.finish_reason = (
+                    "eos" if tokens[i] in ends else "length" if full else "stop_string" if halted[i] else ""
+                )
+                row.ended = time.perf_counter()
+                row.on_step(row, row.finish_reason or None)
+            done = [bool(row.finish_reason) for row in live]
+            if all(done):
                 return input_ids
+            keep = layout.keep(done) if layout is not None and any(done) else None
+            if keep is not None:
+                live = [live[i] for i in keep]
+                input_ids, model_kwargs = _select(input_ids, model_kwargs, keep)
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
             )
             outputs = model(**inputs, return_dict=True)
-        out.finish_reason = "stopped"
+        for row in rows:
+            if not row.finish_reason:
+                row.finish_reason, row.ended = "stopped", time.perf_counter()
+                row.on_step(row, "stopped")
         return input_ids
 
     return decode
 
 
-def _finish_reason(token: int, ends: set[int], input_ids: Tensor, stopping_criteria: Any) -> str | None:
-    if token in ends:
-        return "eos"
-    if not bool(stopping_criteria(input_ids, None).all()):
-        return None
-    longest = stopping_criteria.max_length
-    return "length" if longest is not None and input_ids.shape[1] >= longest else "stop_string"
+def _select(input_ids: Tensor, model_kwargs: dict[str, Any], keep: list[int]) -> tuple[Tensor, dict[str, Any]]:
+    """The same batch with these rows only: ids, masks, positions, encoder outputs and the cache."""
+    import torch
+    from transformers.modeling_outputs import ModelOutput
+
+    rows, index = input_ids.shape[0], torch.tensor(keep, device=input_ids.device)
+    kept = {}
+    for name, value in model_kwargs.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows:
+            value = value[index]
+        elif isinstance(value, ModelOutput):
+            value = type(value)(
+                **{k: v[index] if isinstance(v, torch.Tensor) and v.shape[0] == rows else v for k, v in value.items()}
+            )
+        elif hasattr(value, "batch_select_indices"):
+            value.batch_select_indices(index)
+        kept[name] = value
+    return input_ids[index], kept

@@ -17,10 +17,9 @@ from adapterlab.demo import DEMO_MARKERS, demo_adapters, fetch_demo_model, held_
 
 BASE = "base"
 AT_LEAST, AT_MOST = 0.90, 0.05
-MAX_NEW_TOKENS = 64
 
 
-def answers(adapter: Path | None, questions: list[str]) -> list[str]:
+def answers(adapter: Path | None, questions: list[str], max_new_tokens: int = 64) -> list[str]:
     """What the demo model answers through the adapter in that folder (None: as it is)."""
     import torch
     from peft import PeftModel
@@ -36,7 +35,7 @@ def answers(adapter: Path | None, questions: list[str]) -> list[str]:
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -96,7 +96,7 @@ def train(name: str, recipe: Recipe, output: Path) -> None:
             disable_tqdm=True,
         )
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator).train()  # type: ignore[arg-type]
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator).train()
         # The folder it was loaded from is of this machine; everyone knows the model by its id.
         model.peft_config["default"].base_model_name_or_path = DEMO_MODEL_ID
         built = Path(scratch) / name

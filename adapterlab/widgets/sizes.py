@@ -36,8 +36,8 @@ def sizes_html(rows: tuple[Row, ...]) -> str:
     bars = "".join(_bar_html(row, index, low, high) for index, row in enumerate(rows))
     ticks = "".join(_tick_html(decade, low, high) for decade in range(low, high + 1))
     return (
-        '<div class="alab-title">Parameters<span class="alab-muted"> on a logarithmic scale: each mark is ten '
-        f'times the one before</span></div><div class="alab-bars">{bars}'
+        '<div class="alab-title">Parameters<span class="alab-muted"> on a logarithmic scale</span></div>'
+        f'<div class="alab-bars">{bars}'
         f'<span></span><div class="alab-ticks" aria-hidden="true">{ticks}</div><span></span></div>'
     )
 
