@@ -4,10 +4,11 @@ ARCHITECTURE.md. PEFT mixes selection, enabling and training; here they are apar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.columns import BASE, Column, ColumnLike, check_name
+from adapterlab.columns import BASE, Column, ColumnLike, check_name, make_safe_name
 from adapterlab.errors import AdapterLabError
 from adapterlab.notices import say, warn
 from adapterlab.records import AdapterInfo, Record
@@ -29,6 +30,7 @@ class Adapters:
     """
 
     def __init__(self, model: PreTrainedModel, base_path: str) -> None:
+        from adapterlab.fingerprints import base_digest
         from adapterlab.mounts import Mounts
 
         self.model: Any = model
@@ -45,14 +47,17 @@ class Adapters:
         self.base: dict[str, Any] = dict(model.named_parameters())  # the bare base's own, whatever is mounted later
         for parameter in self.base.values():
             parameter.requires_grad_(False)
+        self.base_reference = base_digest(model)
         for name, (config, state) in brought.items():
-            self._take(config, name, state, source="came with the model")
+            self._take(config, self._adopted_name(name), state, source="came with the model")
 
     # -- the state ---------------------------------------------------------------------------------------------
 
     @property
     def effective(self) -> Column:
-        """What acts on the model's next forward."""
+        """What acts on the model's next forward: inside `using`, its column."""
+        if self._depth:
+            return self.mounts.column
         return self.selection if self.enabled else Column()
 
     def column(self, value: ColumnLike) -> Column:
@@ -71,6 +76,8 @@ class Adapters:
             return [Column(), *(Column.of(name) for name in self.records)]
         if isinstance(values, (str, dict, Column)):
             raise AdapterLabError(f"columns is a list, one entry for each column: use columns=[{values!r}].")
+        if not isinstance(values, Iterable):
+            raise AdapterLabError(f"columns={values!r} is no list of columns: give one entry for each column.")
         columns = [self.column(value) for value in values]
         labels = [column.label for column in columns]
         twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -91,30 +98,65 @@ class Adapters:
         self.impose()
 
     def set_trainable(self, name: str | None) -> None:
-        if name is not None:
-            Column.of(name).check(self.records)
         if name == BASE:
             raise AdapterLabError("The base is frozen in a lab: make an adapter trainable, or None for nothing.")
-        self.trainable = name
+        self._make_trainable(None if name is None else self.known(name))
         self.impose()
+
+    def _make_trainable(self, name: str | None) -> None:
+        if self.trainable in self.records:
+            self.refresh([self.trainable])  # what it learned until now is what it is
+        self.trainable = name
+
+    def known(self, name: Any) -> str:
+        """`name`, if it is that of an adapter; `AdapterLabError` with those there are otherwise."""
+        if not isinstance(name, str):
+            raise AdapterLabError(f"{name!r} is no adapter's name: give one name, as text.")
+        if name == BASE:
+            raise AdapterLabError(
+                "'base' is the model itself, no adapter: lab.merge_and_unload(None, folder) saves it."
+            )
+        Column.of(name).check(self.records)
+        return name
+
+    def check_idle(self) -> None:
+        """Raise unless the state may change: not inside `using`, nor from a callback of a running comparison."""
+        if self._depth:
+            raise AdapterLabError(
+                "Inside `with lab.using(…)`, and while a comparison runs, the lab's state can't change: do it before or after."
+            )
 
     def impose(self) -> None:
         """Make the model be what the state says; undo, and tell, what somebody did to it behind the lab's back."""
+        if self._depth:
+            return
         said = self.mounts.drift() + self._drifted_gradients()
         if said:
-            warn("The model was changed behind the lab's back and is set right again: " + "; ".join(said[:3]) + ".")
+            self._forget(self.mounts.lost())
             self.mounts.repair()
         if self.mounts.column != self.effective or said:
             self.mounts.mount(self.effective)
         self._impose_gradients()
+        if said:
+            warn("The model was changed behind the lab's back and is set right again: " + "; ".join(said[:3]) + ".")
+
+    def _forget(self, names: list[str]) -> None:
+        """Drop adapters that were deleted natively, and what the state says of them."""
+        if any(name in self.mounts.column.names for name in names):
+            self.mounts.mount(Column())
+        for name in names:
+            self.mounts.remove(name)
+            del self.records[name]
+            if name in self.selection.names:
+                self.selection = Column()
+            if self.trainable == name:
+                self.trainable = None
 
     @contextlib.contextmanager
     def using(self, value: ColumnLike) -> Iterator[Any]:
         """The model with `value` acting, whatever the selection; the state found is restored, also after an exception."""
         column = self.column(value)
-        if self._depth == 0:
-            self.impose()
-        found = (self.selection, self.enabled, self.trainable)
+        self.impose()
         before = self.mounts.column
         self.mounts.mount(column)
         self._depth += 1
@@ -122,15 +164,9 @@ class Adapters:
             yield self.model
         finally:
             self._depth -= 1
-            selection, enabled, trainable = found
-            exists = all(name in self.records for name in (*selection.names, *before.names))
-            if exists:
-                self.selection, self.enabled = selection, enabled
-                self.trainable = trainable if trainable in self.records else None
-                if self.mounts.drift():
-                    self.mounts.repair()
-                self.mounts.mount(before)
-            self._impose_gradients()
+            if self.mounts.drift():
+                self.mounts.repair()
+            self.mounts.mount(before)
 
     def _impose_gradients(self) -> None:
         for name, mounted in self.mounts.adapters.items():
@@ -138,6 +174,9 @@ class Adapters:
             for parameter in mounted.trainable:
                 if parameter.requires_grad is not wanted:
                     parameter.requires_grad_(wanted)
+        for parameter in self.base.values():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
         self._imposed = self.trainable
 
     def _drifted_gradients(self) -> list[str]:
@@ -211,14 +250,12 @@ class Adapters:
         self.mounts.add(name, mounted)
         digest = adapter_digest(mounted.layers, name)
         self.records[name] = Record("added here", digest, is_noop(mounted, name), digest, initial=digest)
-        self.trainable = name
+        self._make_trainable(name)
         self.select(name)
 
     def delete(self, name: str) -> int:
         """Delete the adapter and give the bytes that its tensors held. If it was in the selection, base acts next."""
-        Column.of(name).check(self.records)
-        if name == BASE:
-            raise AdapterLabError("'base' is the model itself and can't be deleted: lab.close() frees it.")
+        self.known(name)
         self.impose()
         held = self.info(name).bytes
         if name in self.selection.names:
@@ -246,7 +283,7 @@ class Adapters:
         self, config: PeftConfig, name: str, state: dict[str, Any], source: str, files: AdapterFiles | None = None
     ) -> None:
         """Inject with these weights and remember it as loaded; neither selects nor trains it."""
-        from adapterlab.fingerprints import adapter_digest
+        from adapterlab.fingerprints import adapter_digest, file_digest
         from adapterlab.methods import check_config, is_noop
         from adapterlab.mounts import load_state
 
@@ -262,7 +299,8 @@ class Adapters:
         self.mounts.add(name, mounted)
         digest = adapter_digest(mounted.layers, name)
         noop = is_noop(mounted, name, fresh=False)
-        self.records[name] = Record(source, digest, noop, digest, loaded=digest, files=files)
+        file = None if files is None else file_digest(files.weights_file)
+        self.records[name] = Record(source, digest, noop, digest, loaded=digest, files=files, file=file)
 
     def _check_size(self, config: PeftConfig, name: str) -> None:
         """Refuse what would not fit into memory, and PEFT's objections, before a real tensor is made."""
@@ -275,7 +313,7 @@ class Adapters:
                 shapes = expected_shapes(self.model, config, name)
             except Exception as error:  # PEFT's own verdict, in its words
                 raise AdapterLabError(f"{name!r} can't be added: {' '.join(str(error).split())}") from error
-        wanted = sum(4 * _product(shape) for shape in shapes.values())
+        wanted = sum(4 * math.prod(shape) for shape in shapes.values())
         free = psutil.virtual_memory().available
         if wanted > free:
             raise AdapterLabError(
@@ -286,6 +324,15 @@ class Adapters:
     def check_new_name(self, name: str) -> None:
         words = {word for key, _ in self.model.named_modules() for word in key.split(".")}
         check_name(name, self.records, words | {"weight", "bias", "default_0"})
+
+    def _adopted_name(self, name: str) -> str:
+        try:
+            self.check_new_name(name)
+        except AdapterLabError:
+            chosen = self._free_name(make_safe_name(f"my-{name}"))
+            say(f"The model's adapter {name!r} is called {chosen!r} here: the lab can't use that name.")
+            return chosen
+        return name
 
     def _free_name(self, wanted: str) -> str:
         name, number = wanted, 2
@@ -346,12 +393,13 @@ class Adapters:
             return copy.deepcopy(model.peft_config[name]), {key: value.detach() for key, value in state.items()}
 
     def plain(self, name: str) -> tuple[PeftConfig, dict[str, Any]]:
-        """Config and tensors for a second opinion: from the adapter's own file while it is there and current."""
+        """Config and tensors for a second opinion: from the adapter's own file, as long as it is what was loaded."""
+        from adapterlab.fingerprints import file_digest
         from adapterlab.preflight import read_config, read_weights
 
         record = self.records[name]
         files = record.files
-        if files is not None and record.reference == record.loaded and files.weights_file.is_file():
+        if files is not None and record.reference == record.loaded and file_digest(files.weights_file) == record.file:
             return read_config(files.config, files.source), read_weights(files.weights_file)
         return self.state(name)
 
@@ -361,19 +409,12 @@ class Adapters:
         _restore(self.model, self._given)
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def _remember(model: Any) -> dict[str, Any]:
     return {
         "children": {module: dict(module._modules) for module in model.modules()},
         "flags": [(p, p.requires_grad) for p in model.parameters()],
         "peft_config": model.__dict__.get("peft_config"),
-        "loaded": getattr(model, "_hf_peft_config_loaded", False),
+        "loaded": model.__dict__.get("_hf_peft_config_loaded"),
     }
 
 
@@ -386,4 +427,6 @@ def _restore(model: Any, given: dict[str, Any]) -> None:
     model.__dict__.pop("peft_config", None)
     if given["peft_config"] is not None:
         model.peft_config = given["peft_config"]
-    model._hf_peft_config_loaded = given["loaded"]
+    model.__dict__.pop("_hf_peft_config_loaded", None)
+    if given["loaded"] is not None:
+        model._hf_peft_config_loaded = given["loaded"]

@@ -145,7 +145,12 @@ def open_notebook() -> int:
     # In a container one is usually root, which Jupyter refuses unless told; it listens on this machine only, with a token.
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
-    return subprocess.run(command, check=False).returncode
+    server = subprocess.Popen(command)
+    while True:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            continue  # Jupyter heard it too: it asks before it ends its kernels, and may go on
 
 
 def copy_notebook(folder: Path) -> Path:

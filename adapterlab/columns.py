@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,11 +35,11 @@ class Column:
         Whether the names exist is for the lab to say: see `Column.check`.
         """
         if isinstance(value, Column):
-            return value
-        if value is None or value == BASE:
+            return cls(_checked_parts(list(value.parts)))
+        if value is None:
             return cls()
         if isinstance(value, str):
-            return cls(((value, 1.0),))
+            return cls() if value == BASE else cls(((value, 1.0),))
         if isinstance(value, Mapping):
             pairs = list(value.items())
         elif isinstance(value, Iterable):
@@ -91,7 +92,10 @@ class Column:
 
 def _checked_parts(pairs: list[tuple[Any, Any]]) -> tuple[tuple[str, float], ...]:
     parts: list[tuple[str, float]] = []
-    for name, multiplier in pairs:
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise AdapterLabError(f"{pair!r} is no part of a column: it takes pairs of name and multiplier.")
+        name, multiplier = pair
         if not isinstance(name, str):
             raise AdapterLabError(f"{name!r} is no adapter name: a column names adapters by strings.")
         if name == BASE:
@@ -100,12 +104,22 @@ def _checked_parts(pairs: list[tuple[Any, Any]]) -> tuple[tuple[str, float], ...
             raise AdapterLabError(
                 f"{name!r} stands twice in one column: give it one multiplier, as in {{{name!r}: 2}}."
             )
-        if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)) or not math.isfinite(multiplier):
+        if not is_finite(multiplier):
             raise AdapterLabError(
-                f"{name!r} × {multiplier!r}: a multiplier is a finite number (0 is base, 1 the adapter)."
+                f"{name!r} × {repr(multiplier)[:40]}: a multiplier is a finite number (0 is base, 1 the adapter)."
             )
         parts.append((name, float(multiplier)))
     return tuple((name, m) for name, m in parts if m != 0.0)
+
+
+def is_finite(value: Any) -> bool:
+    """A finite real number, numpy's included, that fits a float; True and False are none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def check_name(name: Any, taken: Iterable[str], forbidden: Iterable[str] = ()) -> str:

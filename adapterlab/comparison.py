@@ -212,7 +212,7 @@ class Comparison:
         """Read what `to_json` wrote. Raises `AdapterLabError` for anything else, saying what is wrong with it."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AdapterLabError(f"{str(path)!r} can't be read as a comparison: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise AdapterLabError(f"{str(path)!r} is no comparison saved by Comparison.to_json.")
@@ -225,6 +225,7 @@ class Comparison:
             parts = {key: content[key] for key in ("prompts", "rendered", "settings", "model", "created")}
             ids = [tuple(int(token) for token in row) for row in content["prompt_ids"]]
             comparison = cls(generations=generations, prompt_ids=ids, **parts)
+            _check_parts(comparison)
             if any(not 0 <= g.prompt_index < len(comparison.prompts) for g in generations):
                 raise ValueError("a generation names a prompt that is not there")
         except (KeyError, TypeError, ValueError) as error:
@@ -237,7 +238,9 @@ class Comparison:
 
         Columns get the lab's quantization or dtype before their label (or `labels`, one per comparison).
         """
-        comparisons = list(comparisons)
+        comparisons = list(comparisons) if isinstance(comparisons, Iterable) else []
+        if not all(isinstance(comparison, Comparison) for comparison in comparisons):
+            raise AdapterLabError("Comparison.concat takes a list of comparisons, as lab.compare(…) gives them.")
         if not comparisons:
             raise AdapterLabError("Nothing to concatenate: give at least one Comparison.")
         names = list(labels) if labels is not None else [_lab_label(c) for c in comparisons]
@@ -290,9 +293,26 @@ def _generation(row: dict[str, Any]) -> Generation:
             raise TypeError(f"{key} is no text")
     values["logit_shift"] = math.nan if values["logit_shift"] is None else float(values["logit_shift"])
     generation = Generation(**values)
+    if not all(isinstance(name, str) for name in (*generation.active_adapters, *generation.tokens)):
+        raise TypeError("adapters and tokens are texts")
+    numbers = (*generation.logprobs, *generation.leads, *generation.multipliers, generation.seconds)
+    if not all(
+        isinstance(number, (int, float)) for number in (*numbers, *generation.token_ids, generation.prompt_index)
+    ):
+        raise TypeError("token_ids, logprobs, leads, multipliers and seconds are numbers")
+    if generation.base_logprobs is not None and len(generation.base_logprobs) != len(generation.token_ids):
+        raise ValueError("base_logprobs and token_ids differ in length")
     if not len(generation.token_ids) == len(generation.tokens) == len(generation.logprobs):
         raise ValueError("token_ids, tokens and logprobs differ in length")
     return generation
+
+
+def _check_parts(comparison: Comparison) -> None:
+    texts = (*comparison.prompts, *comparison.rendered, comparison.created)
+    if not all(isinstance(text, str) for text in texts) or len(comparison.prompts) != len(comparison.prompt_ids):
+        raise TypeError("prompts, rendered and created are texts, with ids for each prompt")
+    if not isinstance(comparison.model, dict) or not isinstance(comparison.settings, dict):
+        raise TypeError("model and settings are mappings")
 
 
 def _tuple(value: Any) -> Any:

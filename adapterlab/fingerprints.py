@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 _BLOCK = 1024  # int64 words in a row of the base's checksum
@@ -56,6 +58,14 @@ def adapter_tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield ".".join(word for word in words if word != name), own[key].detach()
 
 
+def file_digest(path: Path) -> str | None:
+    """Hex digest of a file's content, or None if it is not there any more."""
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return None
+
+
 def base_digest(model: nn.Module) -> str:
     """Hex checksum of a bare model's weights, quantization statistics included.
 
@@ -63,22 +73,27 @@ def base_digest(model: nn.Module) -> str:
     changed value is seen, and any exchange but one that keeps all those sums. Tens of milliseconds for 538 MB.
     """
     total = hashlib.blake2b(digest_size=16)
+    statistics = {id(module.weight): module for module in model.modules() if type(module).__name__ == "Linear8bitLt"}
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-        for label, part in _with_statistics(key, tensor):
+        for label, part in _with_statistics(key, tensor, statistics.get(id(tensor))):
             total.update(f"{label}|{part.dtype}|{tuple(part.shape)}|".encode())
             total.update(_block_sums(part))
     return total.hexdigest()
 
 
-def _with_statistics(key: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+def _with_statistics(key: str, tensor: Any, layer: Any) -> Iterator[tuple[str, Tensor]]:
     yield key, tensor.detach()
     state = getattr(tensor, "quant_state", None)
     if state is not None:
         yield f"{key}.absmax", state.absmax
         if getattr(state, "state2", None) is not None:
             yield f"{key}.nested_absmax", state.state2.absmax
-    if getattr(tensor, "SCB", None) is not None:
-        yield f"{key}.SCB", tensor.SCB
+    # bitsandbytes moves an 8-bit weight's row scales from the weight to the layer's state at its first forward
+    scales = getattr(tensor, "SCB", None)
+    if scales is None and layer is not None:
+        scales = layer.state.SCB
+    if scales is not None:
+        yield f"{key}.SCB", scales
 
 
 def _block_sums(tensor: Tensor) -> bytes:

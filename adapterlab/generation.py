@@ -15,6 +15,7 @@ from adapterlab.columns import Column
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
 from adapterlab.fingerprints import adapter_digest, base_digest, column_digest
+from adapterlab.notices import warn
 from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
 from adapterlab.sampling import Row, Sampler, make_decoder
 
@@ -53,6 +54,10 @@ def run_comparison(run: Run) -> Comparison:
     with eval_mode(run.adapters.model), neutral_generation_config(run.adapters.model, run.tokenizer):
         with run.adapters.using(None) as model:
             base = base_digest(model)
+        if base != run.adapters.base_reference:
+            warn(
+                "The base's weights are no longer those that this lab opened: every column stands on the changed ones."
+            )
         for group in plan_groups(run):
             if run.stop.is_set() and parts:
                 break
@@ -218,17 +223,31 @@ def _decode(run: Run, prompts: list[Prompt], rows: list[Row], layout: Rows | Non
         ids.append([pad] * left + [*prompt.ids] + [pad] * (gap - left))
         mask.append([0] * left + [1] * len(prompt.ids) + [0] * (gap - left))
     device = _input_device(model)
-    stop_strings = {"tokenizer": run.tokenizer} if "stop_strings" in run.settings.extra else {}
+    settings = run.settings.for_generate()
     started = time.perf_counter()
-    model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        use_cache=True,
-        custom_generate=make_decoder(rows, run.stop, layout),
-        **run.settings.for_generate(),
-        **stop_strings,
-    )
+    try:
+        model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            use_cache=True,
+            custom_generate=make_decoder(rows, run.stop, layout),
+            stopping_criteria=_stop_strings(run.tokenizer, settings.pop("stop_strings", None)),
+            **settings,
+        )
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if run.settings.extra and not any(row.token_ids for row in rows):
+            extra = ", ".join(f"{name}={value!r}" for name, value in run.settings.extra.items())
+            raise AdapterLabError(f"transformers can't generate with {extra[:200]}: {error}") from error
+        raise
     return started
+
+
+def _stop_strings(tokenizer: Any, strings: Any) -> Any:
+    """transformers keeps the tokenizer from a custom decoding function, so the criterion is made here (issue 2)."""
+    from transformers import StoppingCriteriaList
+    from transformers.generation import StopStringCriteria
+
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, strings)] if strings else [])
 
 
 class _Stream:
@@ -341,7 +360,7 @@ def neutral_generation_config(model: Any, tokenizer: Any) -> Iterator[None]:
     if tokens["eos_token_id"] is None:
         tokens["eos_token_id"] = getattr(model.config, "eos_token_id", None) or tokenizer.eos_token_id
     if tokens["pad_token_id"] is None:
-        eos = tokens["eos_token_id"]
+        eos = tokens["eos_token_id"] or tokenizer.eos_token_id
         fallback = eos[0] if isinstance(eos, list) else eos
         tokens["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
     model.generation_config = GenerationConfig(**{name: value for name, value in tokens.items() if value is not None})

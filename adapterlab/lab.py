@@ -29,17 +29,32 @@ if TYPE_CHECKING:
     from adapterlab.prompts import PromptLike
     from adapterlab.records import AdapterInfo
 
+_MARK = "_adapterlab"  # on the model: whose lab it is in
 F = TypeVar("F", bound=Callable[..., Any])
 Listener = Callable[[str], None]
 
 
+def _changes_state(method: F) -> F:
+    """One call at a time, on an open lab, and not from inside `using` or a running comparison."""
+
+    @functools.wraps(method)
+    def guarded(self: AdapterLab, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            self._check_open()
+            self._adapters.check_idle()
+            return method(self, *args, **kwargs)
+
+    return guarded  # type: ignore[return-value]
+
+
 def _exclusive(method: F) -> F:
-    """One call at a time, on an open lab, with the lab's state imposed on the model before and after."""
+    """One call at a time, on an open lab."""
 
     @functools.wraps(method)
     def locked(self: AdapterLab, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             self._check_open()
+            self._check_no_run()
             return method(self, *args, **kwargs)
 
     return locked  # type: ignore[return-value]
@@ -80,12 +95,16 @@ class AdapterLab:
         self._closed = True  # until everything below has worked
         self._lock = threading.RLock()
         self._stop = threading.Event()
+        self._running = (
+            False  # only the thread that runs a comparison can see this as True: the others wait for the lock
+        )
         self._listeners: list[Listener] = []
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self.history: list[Comparison] = []
         old = held_by_target(AdapterLab)
-        if old is not None and not old._closed and old.model is not model:
-            old.close()
+        if old is not None and getattr(model, "__dict__", {}).get(_MARK) is not None:
+            old.close()  # the same objects again: they come back as they were, and go into the new lab
+            old = None
         loaded = load_base(
             model,
             tokenizer=tokenizer,
@@ -96,12 +115,19 @@ class AdapterLab:
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            before_weights=old.close if old is not None else None,
             **model_kwargs,
         )
+        if old is not None:
+            old.close()
+        other = loaded.model.__dict__.get(_MARK)
+        if other is not None and other() is not None and not other()._closed:
+            raise AdapterLabError("This model is in another open lab: use that one, or close it first.")
         self._owned, self._quantization = loaded.owned, loaded.quantization
         self.name: str = loaded.base_id
         self._tokenizer = loaded.tokenizer
         self._adapters = Adapters(loaded.model, loaded.base_path)
+        loaded.model.__dict__[_MARK] = weakref.ref(self)
         self._closed = False
         if loaded.adapter is not None:
             try:
@@ -128,7 +154,7 @@ class AdapterLab:
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
-    @_exclusive
+    @_changes_state
     def load_adapter(
         self,
         repo_or_path: str | os.PathLike[str],
@@ -154,7 +180,7 @@ class AdapterLab:
         self._tell("adapters")
         return name
 
-    @_exclusive
+    @_changes_state
     def add_adapter(self, config_or_method: PeftConfig | str, adapter_name: str = "default", **config: Any) -> None:
         """Add a fresh adapter, select it and make it the trainable one.
 
@@ -165,40 +191,40 @@ class AdapterLab:
         self._adapters.add(config_or_method, adapter_name, **config)
         self._tell("adapters")
 
-    @_exclusive
+    @_changes_state
     def set_adapter(self, column: ColumnLike) -> None:
         """Select what acts in `lab.model`: a name, a list, a dict of multipliers, or None for base. Selecting an
         adapter enables adapters; selecting base leaves that as it was. Takes well under a millisecond."""
         self._adapters.select(column)
         self._tell("state")
 
-    @_exclusive
+    @_changes_state
     def enable_adapters(self) -> None:
         """Let the selection act again."""
         self._adapters.set_enabled(True)
         self._tell("state")
 
-    @_exclusive
+    @_changes_state
     def disable_adapters(self) -> None:
         """Let the bare base act, whatever is selected; the selection stays."""
         self._adapters.set_enabled(False)
         self._tell("state")
 
-    @_exclusive
+    @_changes_state
     def set_trainable(self, adapter_name: str | None) -> None:
         """Make one adapter's parameters require gradients and all others not; None for no adapter. Selects nothing:
         a `Trainer` of your own trains it while it is selected too."""
         self._adapters.set_trainable(adapter_name)
         self._tell("state")
 
-    @_exclusive
+    @_changes_state
     def delete_adapter(self, adapter_name: str) -> int:
         """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said."""
         freed = self._adapters.delete(adapter_name)
         self._tell("adapters")
         return freed
 
-    @_exclusive
+    @_changes_state
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -215,7 +241,9 @@ class AdapterLab:
         """
         from adapterlab import merging
 
-        names, numbers = list(adapters), list(weights)
+        if not all(isinstance(given, (list, tuple)) for given in (adapters, weights)):
+            raise AdapterLabError("Give a list of adapters and a list of weights, one weight for each adapter.")
+        names, numbers = [self._adapters.known(name) for name in adapters], list(weights)
         if len(names) != len(numbers):
             raise AdapterLabError(
                 f"{len(names)} adapters and {len(numbers)} weights: give one weight for each adapter."
@@ -266,9 +294,7 @@ class AdapterLab:
         """Save one adapter as plain PEFT does, whatever else the lab holds; written beside and renamed."""
         from adapterlab.storage import write_adapter
 
-        Column.of(adapter_name).check(self._adapters.records)
-        if adapter_name == "base":
-            raise AdapterLabError("'base' is the model itself: save it with lab.merge_and_unload(None, folder).")
+        self._adapters.known(adapter_name)
         config, state = self._adapters.state(adapter_name)
         written = write_adapter(Path(folder), config, state, self._adapters.base_path)
         self._adapters.note_saved(adapter_name)
@@ -301,6 +327,7 @@ class AdapterLab:
         """The Hub's adapters for this base, most downloaded first: repo_id, downloads, likes, last_modified."""
         from adapterlab.discovery import find_adapters
 
+        self._check_open()
         return find_adapters(self._adapters.base_path, limit)
 
     @contextlib.contextmanager
@@ -309,6 +336,7 @@ class AdapterLab:
         state found is restored, also after an exception. Other threads wait meanwhile."""
         with self._lock:
             self._check_open()
+            self._check_no_run()
             with self._adapters.using(column) as model:
                 yield model
 
@@ -350,7 +378,7 @@ class AdapterLab:
         from adapterlab.adapters import ACTS_NOW
 
         chosen = ACTS_NOW if isinstance(column, str) and column == "selection" else [column]
-        return self._compare(prompt, chosen, keep=False, **settings).generations[0]
+        return self._run(prompt, chosen, **settings).generations[0]
 
     def compare(
         self,
@@ -378,59 +406,43 @@ class AdapterLab:
         Depends on neither selection nor enabled, and changes neither. `lab.stop()` ends it within a token. The result
         is also in `lab.last` and `lab.history`.
         """
-        return self._compare(
-            prompt,
-            columns,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            chat=chat,
-            on_token=on_token,
-            **generation,
-        )
+        sampling = {
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+        }
+        with self._lock:
+            comparison = self._run(prompt, columns, chat=chat, on_token=on_token, **sampling, **generation)
+            comparison._score = _scorer(weakref.ref(self))
+            self.history.append(comparison)
+            self._tell("history")
+        return comparison
 
     @_exclusive
-    def _compare(
-        self,
-        prompt: Any,
-        columns: Any,
-        *,
-        keep: bool = True,
-        seed: int = 0,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        chat: bool | Literal["auto"] = "auto",
-        on_token: Callable[[TokenEvent], None] | None = None,
-        **generation: Any,
+    def _run(
+        self, prompt: Any, columns: Any, *, chat: Any = "auto", on_token: Any = None, **sampling: Any
     ) -> Comparison:
         from adapterlab.generation import Run, check_context, run_comparison
         from adapterlab.prompts import render_prompts
         from adapterlab.settings import Settings
 
-        settings = Settings.of(
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            extra=generation,
-        )
+        settings = Settings.of(**sampling)
+        if on_token is not None and not callable(on_token):
+            raise AdapterLabError(f"on_token={on_token!r} can't be called: give a function of one TokenEvent.")
         wanted = self._adapters.columns(columns)
         prompts = render_prompts(self._tokenizer, prompt, chat)
         check_context(self._adapters.model, prompts, settings)
         self._stop.clear()
+        self._adapters.impose()
         self._adapters.refresh()
         run = Run(self._adapters, self._tokenizer, prompts, wanted, settings, self._stop, on_token, self._about())
-        comparison = run_comparison(run)
-        if keep:
-            comparison._score = _scorer(weakref.ref(self))
-            self.history.append(comparison)
-            self._tell("history")
-        return comparison
+        self._running = threading.get_ident()
+        try:
+            return run_comparison(run)
+        finally:
+            self._running = None
 
     @_exclusive
     def verify(self, comparison: Comparison | None = None) -> pd.DataFrame:
@@ -444,6 +456,10 @@ class AdapterLab:
         comparison = self.last if comparison is None else comparison
         if comparison is None:
             raise AdapterLabError("Nothing to verify yet: run lab.compare(…) first.")
+        if not isinstance(comparison, Comparison):
+            raise AdapterLabError(
+                f"{comparison!r} is no Comparison: give what lab.compare(…) gave, or nothing for the last."
+            )
         if comparison.model.get("name") != self.name:
             raise AdapterLabError(
                 f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}."
@@ -568,13 +584,16 @@ class AdapterLab:
 
         if self._closed:
             return
+        self._check_no_run()
         self.stop()
         with self._lock:
             if self._closed:
                 return
+            self._adapters.check_idle()
             self._tell("closed")
             self._closed = True
             self._listeners.clear()
+            self._adapters.model.__dict__.pop(_MARK, None)
             self._adapters.release()
             del self._adapters
         gc.collect()
@@ -607,6 +626,12 @@ class AdapterLab:
     def _check_open(self) -> None:
         if self._closed:
             raise AdapterLabError("This lab is closed: open one again with AdapterLab(…).")
+
+    def _check_no_run(self) -> None:
+        if self._running:
+            raise AdapterLabError(
+                "A comparison is running in this very call: do this when it has ended, not in on_token."
+            )
 
     def _tell(self, kind: str) -> None:
         for listener in list(self._listeners):

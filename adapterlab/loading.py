@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.columns import make_safe_name
 from adapterlab.errors import AdapterLabError
-from adapterlab.hub import AdapterFiles, adapter_files, locate_base, resolve_adapter
+from adapterlab.hub import AdapterFiles, adapter_files, locate_base
 from adapterlab.keywords import check_keywords
 from adapterlab.notices import say
 from adapterlab.places import ADAPTER_CONFIG, MODEL_CONFIG, Place, explained, locate, portable_name
@@ -30,8 +30,6 @@ from adapterlab.tokenization import (
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["AdapterFiles", "LoadedBase", "load_base", "make_safe_name", "resolve_adapter"]
 
 SUPPORTED = "A lab takes causal language models (GPT, Llama, OPT, …) and sequence-to-sequence ones (T5, BART, …)"
 # A subfolder that no repository has, so that transformers finds no adapter to hang on the model by itself.
@@ -69,6 +67,7 @@ def load_base(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    before_weights: Callable[[], None] | None = None,
     **model_kwargs: Any,
 ) -> LoadedBase:
     """Load a base model, or take one in hand.
@@ -78,6 +77,7 @@ def load_base(
     tokenizer: an object, or an id or folder to load it from; default: the one that belongs to the model.
     quantization: "8bit" or "4bit", the shorthands for a `quantization_config`.
     dtype, device_map: default "auto": the checkpoint's own dtype, and wherever there is room.
+    before_weights: called when all but the weights is known to be there, just before they are read.
     revision, token, local_files_only, model_kwargs: as for `from_pretrained`, of what `model` names.
 
     Custom code in a repository never runs unless `trust_remote_code=True` is given. Objects in hand are not
@@ -103,10 +103,16 @@ def load_base(
     tokenizer = check_tokenizer(tokenizer, source)
     subfolder = model_kwargs.pop("subfolder", None)
     place = locate(model, revision=revision, subfolder=subfolder, **source)
-    return _load(place, tokenizer, {**model_kwargs, "dtype": dtype, "device_map": device_map}, settings)
+    return _load(place, tokenizer, {**model_kwargs, "dtype": dtype, "device_map": device_map}, settings, before_weights)
 
 
-def _load(place: Place, tokenizer: Any, options: dict[str, Any], quantization_config: Any) -> LoadedBase:
+def _load(
+    place: Place,
+    tokenizer: Any,
+    options: dict[str, Any],
+    quantization_config: Any,
+    before_weights: Callable[[], None] | None,
+) -> LoadedBase:
     from_gguf = options.get("gguf_file") is not None
     adapter = None
     base = place
@@ -127,6 +133,8 @@ def _load(place: Place, tokenizer: Any, options: dict[str, Any], quantization_co
             )
         if tokenizer is None:
             tokenizer = load_tokenizer(base, options) or load_tokenizer(place, options)
+        if before_weights is not None:
+            before_weights()
         model = _load_model(auto_class, base, config, options, quantization_config)
     keep_4bit_unpacked(model)
     if tokenizer is None:

@@ -128,6 +128,7 @@ def merged_model(adapters: Adapters, column: Column) -> Any:
         )
     with adapters.using(None) as bare:
         plain = copy.deepcopy(bare)
+    plain.__dict__.pop("_adapterlab", None)
     plain._hf_peft_config_loaded = False
     blendable = all(
         blend_obstacle(layer, name) is None
@@ -156,14 +157,22 @@ def _merge_by_equation(adapters: Adapters, column: Column, plain: Any) -> None:
             module: Any = plain.get_submodule(path)
             transposed = not isinstance(module, nn.Linear)
             weight, bias = merge_terms(module.weight, getattr(module, "bias", None), terms, transposed=transposed)
-            _untie(plain, module)
+            _untie(plain, path, module)
             module.weight = nn.Parameter(weight)
             if bias is not None:
                 module.bias = nn.Parameter(bias)
 
 
-def _untie(plain: Any, module: Any) -> None:
+def _untie(plain: Any, path: str, module: Any) -> None:
     """A merged lm_head must not change the input embeddings that share its tensor, nor the other way round."""
+    sharing = [
+        name for name, m in plain.named_modules() if m is not module and getattr(m, "weight", None) is module.weight
+    ]
+    if sharing and plain.config.is_encoder_decoder:
+        raise AdapterLabError(
+            f"{path} shares its weight with {', '.join(sharing)}, and a saved encoder-decoder model ties them again: "
+            "save the adapter instead, with lab.save_adapter."
+        )
     ends = (plain.get_input_embeddings(), plain.get_output_embeddings())
     if module in ends and ends[0] is not None and ends[1] is not None and ends[0].weight is ends[1].weight:
         plain.config.tie_word_embeddings = False

@@ -23,6 +23,12 @@ _PROMPT_LEARNING = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
 )  # fmt: skip
 _GENERATING_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+_NEEDS_MORE_THAN_LAYERS = {
+    "kasa_config": "KaSA rewrites the base weights, and base must stay base",
+    "layer_replication": "layer_replication rebuilds the base with more layers, and base must stay base",
+    "alora_invocation_tokens": "aLoRA looks for its invocation tokens outside the layers, in PeftModel's own forward",
+    "arrow_config": "Arrow routes between adapters, and the lab runs each by itself",
+}
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 
 
@@ -107,6 +113,7 @@ def check_config(config: PeftConfig | Mapping[str, Any], source: str) -> None:
             f"init_lora_weights={init!r} changes the base weights, and base must stay base: convert the adapter with "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…), or use True or 'gaussian'."
         )
+    reasons += [f"{why}." for field, why in _NEEDS_MORE_THAN_LAYERS.items() if get(field, None)]
     if reasons:
         raise AdapterLabError(f"{source!r} can't be used in the lab: " + " Also, ".join(reasons))
 
@@ -154,4 +161,4 @@ def is_noop(mounted: Mounted, name: str, *, fresh: bool = True) -> bool:
 def is_drawn(config: PeftConfig) -> bool:
     """True if a fresh adapter of this config starts from random numbers instead of from doing nothing."""
     fields = ("init_lora_weights", "init_ia3_weights", "init_weights")
-    return any(getattr(config, field, True) is False for field in fields)
+    return any(getattr(config, field, True) is not True for field in fields)

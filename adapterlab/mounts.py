@@ -3,7 +3,7 @@
 PEFT injects each adapter alone into the bare base. The layers it made are harvested (path → module) and the base's
 own modules put back, so afterwards switching is swapping `parent._modules[child]`. While one adapter is mounted,
 `model.peft_config` is set: the model then *is* a native single-adapter transformers model. An unmounted adapter is
-outside `model.parameters()`: its device, mode and gradients are kept here.
+outside `model.parameters()`: it takes the model's mode when it is mounted, and its device and dtype stay its own.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ class Mounts:
 
         The weights are copies, so nothing of the old wrappers is kept alive here.
         """
+        merged = [path for path, m in self.model.named_modules() if getattr(m, "merged", False)]
+        if merged:
+            raise AdapterLabError(
+                f"This model has an adapter merged into its weights (at {merged[0]}): call its unmerge_adapter() first, or "
+                "load it again. The base must be the bare base."
+            )
         found = {}
         for name, config in dict(getattr(self.model, "peft_config", {}) or {}).items():
             config = copy.deepcopy(config)
@@ -152,6 +158,10 @@ class Mounts:
         natively = set(getattr(self.model, "peft_config", None) or {})
         if natively != set(expected):
             said.append(f"the model's own adapters were {sorted(natively)} where the lab had {sorted(expected)}")
+        if expected and natively == expected:
+            single = next(iter(expected))
+            if self.model.peft_config[single] is not self.adapters[single].config:
+                said.append(f"another adapter was loaded under the name {single!r}, over its weights")
         for path, layer in self._placed.items():
             site = self.sites[path]
             here: Any = site.parent._modules.get(site.child)
@@ -167,8 +177,19 @@ class Mounts:
                 said.append(f"{path} was disabled")
         return said
 
+    def lost(self) -> list[str]:
+        """Adapters whose layers no longer hold them: somebody deleted them natively."""
+        return [
+            name
+            for name, mounted in self.adapters.items()
+            if any(name not in layer._get_available_adapters() for layer in mounted.layers.values())  # type: ignore[operator]
+        ]
+
     def repair(self) -> None:
-        """Take out everything foreign, undo disabling and merging, and mount the lab's column again."""
+        """Take out everything foreign, undo disabling and merging, and mount the lab's column again.
+
+        A merge is divided or subtracted back, which can leave rounding in the base: its digest tells.
+        """
         for name, mounted in self.adapters.items():
             for layer in mounted.layers.values():
                 heal(layer, name)

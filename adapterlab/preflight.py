@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,8 @@ def header_shapes(weights_file: Path) -> dict[str, tuple[int, ...]]:
             from safetensors import safe_open
 
             with safe_open(str(weights_file), framework="pt") as file:
-                return {key.removeprefix(PREFIX): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            return _unprefixed(shapes, weights_file)
         return {key: tuple(tensor.shape) for key, tensor in read_weights(weights_file).items()}
     except AdapterLabError:
         raise
@@ -96,7 +98,16 @@ def read_weights(weights_file: Path) -> dict[str, Any]:
         raise AdapterLabError(f"{str(weights_file)!r} can't be read as adapter weights: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise AdapterLabError(f"{str(weights_file)!r} holds no plain mapping of names to tensors.")
-    return {key.removeprefix(PREFIX): value for key, value in state.items()}
+    return _unprefixed(state, weights_file)
+
+
+def _unprefixed(state: dict[str, Any], weights_file: Path) -> dict[str, Any]:
+    plain = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    if len(plain) != len(state):
+        raise AdapterLabError(
+            f"{str(weights_file)!r} holds tensors twice, with and without {PREFIX!r}: which are meant?"
+        )
+    return plain
 
 
 def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str, tuple[int, ...]]:
@@ -135,7 +146,7 @@ def inject_without_memory(config: PeftConfig, twin: Any, name: str) -> Any:
     try:
         with torch.device("meta"):
             return inject(config, twin, name, empty=True)
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):
         unwrap(twin)
         twin.__dict__.pop("peft_config", None)
         return inject(config, twin, name)
@@ -159,7 +170,7 @@ def compute_preflight(
     foreign = [key for key in shapes if key not in expected]
     matched = [key for key in shapes if key in expected]
     flight.tensors = len(matched)
-    flight.parameters = sum(_numel(shapes[key]) for key in matched)
+    flight.parameters = sum(math.prod(shapes[key]) for key in matched)
     if foreign:
         flight.problems.append(
             f"{len(foreign)} of its {len(shapes)} tensors belong to no layer of its own config and would land in the "
@@ -180,16 +191,9 @@ def compute_preflight(
         # A missing LoRA pair starts as zero and adds nothing, unless the config asks for random numbers.
         (flight.problems if is_drawn(config) else flight.notes).append(said)
     theirs = getattr(config, "base_model_name_or_path", None)
-    if theirs and base_path and theirs.rstrip("/") != base_path.rstrip("/"):
+    if isinstance(theirs, str) and theirs and base_path and theirs.rstrip("/") != base_path.rstrip("/"):
         flight.notes.append(f"It names {theirs!r} as its base, this lab's is {base_path!r}.")
     return flight
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _listed(items: list[str]) -> str:

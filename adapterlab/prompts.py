@@ -84,7 +84,10 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _tokenized(tokenizer: Any, given: str, text: str, *, add_special_tokens: bool) -> Prompt:
-    ids = tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    try:
+        ids = tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    except (TypeError, ValueError, UnicodeError) as error:  # lone surrogates, by tokenizer
+        raise AdapterLabError(f"The tokenizer can't read {given[:40]!r}: {error}") from error
     if not ids:
         raise AdapterLabError(f"{given!r} has no tokens for this tokenizer: write something else.")
     return Prompt(given, text, ids)

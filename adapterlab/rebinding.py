@@ -20,7 +20,7 @@ def held_by_target(kind: type) -> Any:
     if frame is None:
         return None
     name = _target(_statement(frame))
-    held = frame.f_locals.get(name, frame.f_globals.get(name)) if name else None
+    held = frame.f_locals.get(name) if name else None
     return held if isinstance(held, kind) else None
 
 
@@ -38,6 +38,10 @@ def _statement(frame: FrameType) -> ast.stmt | None:
 
 
 def _target(statement: ast.stmt | None) -> str | None:
+    """The name in `name = AdapterLab(…)` or `name = AdapterLab.demo(…)`; None for any other statement."""
+    call = getattr(statement, "value", None)
+    if not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith(("AdapterLab", "AdapterLab.demo")):
+        return None
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target: ast.expr = statement.targets[0]
     elif isinstance(statement, ast.AnnAssign):

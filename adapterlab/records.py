@@ -50,6 +50,7 @@ class Record:
     loaded: str | None = None
     saved: str | None = None
     files: AdapterFiles | None = None
+    file: str | None = None  # digest of the file it was loaded from
 
     @property
     def status(self) -> str:

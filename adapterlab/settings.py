@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
+import json
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapterlab.columns import is_finite
 from adapterlab.errors import AdapterLabError
 
 # Fields of transformers' GenerationConfig that act through logits processors or stopping criteria: one row, no search.
@@ -16,6 +18,7 @@ _PASSED_ON = frozenset({
     "no_repeat_ngram_size", "renormalize_logits", "repetition_penalty", "sequence_bias", "stop_strings",
     "suppress_tokens", "typical_p",
 })  # fmt: skip
+_COLDEST = 1e-3  # below, logits / temperature leave the range in which fp32 can tell tokens apart
 _SAMPLING_ONLY = frozenset(["min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"])
 _REFUSED = {
     "num_beams": "beam search gives no comparable columns: leave it at 1",
@@ -44,7 +47,14 @@ class Settings:
 
     @classmethod
     def of(
-        cls, *, seed: Any, max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, extra: dict[str, Any]
+        cls,
+        *,
+        seed: Any = 0,
+        max_new_tokens: Any = 64,
+        temperature: Any = 0.0,
+        top_p: Any = 1.0,
+        top_k: Any = 0,
+        **extra: Any,
     ) -> Settings:
         """Check everything and raise one `AdapterLabError` that names each thing that is wrong."""
         wrong = []
@@ -52,9 +62,11 @@ class Settings:
             wrong.append(f"seed={seed!r} is no whole number")
         if not _whole(max_new_tokens) or max_new_tokens < 1:
             wrong.append(f"max_new_tokens={max_new_tokens!r} is no whole number from 1 up")
-        if not _number(temperature) or temperature < 0:
-            wrong.append(f"temperature={temperature!r} is no number from 0 up (0 takes the most likely token)")
-        if not _number(top_p) or not 0 < top_p <= 1:
+        if not is_finite(temperature) or temperature < 0 or 0 < temperature < _COLDEST:
+            wrong.append(
+                f"temperature={_short(temperature)} is no number from {_COLDEST:g} up, nor 0, which takes the most likely token"
+            )
+        if not is_finite(top_p) or not 0 < top_p <= 1:
             wrong.append(f"top_p={top_p!r} is not above 0 and at most 1 (1 is off)")
         if not _whole(top_k) or top_k < 0:
             wrong.append(f"top_k={top_k!r} is no whole number from 0 up (0 is off)")
@@ -71,7 +83,7 @@ class Settings:
                 kept[name] = value
         if wrong:
             raise AdapterLabError("These settings can't be used: " + "; ".join(wrong) + ".")
-        return cls(seed, max_new_tokens, float(temperature), float(top_p), top_k, kept)
+        return cls(int(seed), int(max_new_tokens), float(temperature), float(top_p), int(top_k), kept)
 
     def for_generate(self) -> dict[str, Any]:
         """As keyword arguments of `model.generate`; sampling itself is the lab's (see sampling.py)."""
@@ -83,12 +95,20 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in ("seed", "max_new_tokens", "temperature", "top_p", "top_k")}
-        return {**plain, **self.extra}
+        return {**plain, **{name: _jsonable(value) for name, value in self.extra.items()}}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _jsonable(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        return repr(value)

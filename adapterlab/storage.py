@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,38 +27,50 @@ def write_adapter(folder: Path, config: PeftConfig, state: dict[str, Any], base_
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder).expanduser()
-    check_target(folder)
+    folder = checked_folder(folder, _OWN_FILES, "an adapter")
     config.inference_mode = True
     if not getattr(config, "base_model_name_or_path", None):
         config.base_model_name_or_path = base_path
-    beside: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
-        os.chmod(beside, 0o755)
+    with building(folder) as beside:
         tensors = {key: value.contiguous().clone() for key, value in prefixed(state).items()}
         save_file(tensors, str(beside / "adapter_model.safetensors"), metadata={"format": "pt"})
         config.save_pretrained(str(beside))
-        json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
+        if (folder / "README.md").is_file():  # somebody's words about the adapter: they stay with it
+            shutil.copy2(folder / "README.md", beside / "README.md")
+    return folder
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to be filled; at the end it takes `folder`'s place, or after an error it is gone."""
+    beside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}.", suffix=".part"))
+        os.chmod(beside, 0o755)
+        yield beside
         replace_folder(beside, folder)
     except OSError as error:
         raise AdapterLabError(f"{str(folder)!r} can't be written: {error.strerror or error}.") from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
-    return folder
 
 
-def check_target(folder: Path, own: set[str] = _OWN_FILES, what: str = "an adapter") -> None:
-    """Raise `AdapterLabError` unless `folder` is new, empty, or holds nothing but what a save would write."""
-    if folder.exists() and not folder.is_dir():
-        raise AdapterLabError(f"{str(folder)!r} is a file: name a folder to save {what} in.")
-    strange = sorted({item.name for item in folder.iterdir()} - own) if folder.is_dir() else []
+def checked_folder(folder: Any, own: set[str], what: str) -> Path:
+    """`folder` as a path, if it is new, empty, or holds nothing but `own`; `AdapterLabError` otherwise."""
+    try:
+        path = Path(folder).expanduser()
+        if path.exists() and not path.is_dir():
+            raise AdapterLabError(f"{str(path)!r} is a file: name a folder to save {what} in.")
+        strange = sorted({item.name for item in path.iterdir()} - own) if path.is_dir() else []
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise AdapterLabError(f"{folder!r} is no folder to save {what} in: {error}") from error
     if strange:
         raise AdapterLabError(
-            f"{str(folder)!r} holds other things ({', '.join(strange[:4])}): name an empty or a new folder."
+            f"{str(path)!r} holds other things ({', '.join(strange[:4])}): name an empty or a new folder."
         )
+    return path
 
 
 def replace_folder(beside: Path, folder: Path) -> None:

@@ -57,10 +57,11 @@ def _verify_one(
         notes.append(f"{', '.join(gone)} is no longer in the lab")
         return {**row, "weights_agree": False, "active_agree": False, "logprob_error": float("nan"),
                 "tokens_agree": False, "agrees": False, "note": "; ".join(notes)}  # fmt: skip
-    digest = column_digest((m, expected[name]) for name, m in wanted.parts) if wanted.parts else base
-    weights_agree = generation.weights_digest == digest
+    digest = column_digest((m, expected[name]) for name, m in wanted.parts) if wanted.parts else adapters.base_reference
+    weights_agree = generation.weights_digest == digest and base == adapters.base_reference
     if not weights_agree:
-        notes.append(_whose(generation, wanted, expected))
+        base_changed = base != adapters.base_reference
+        notes.append("the base's weights have changed" if base_changed else _whose(generation, wanted, expected))
     active_agree = tuple(sorted(generation.active_adapters)) == tuple(sorted(wanted.names))
     ids = comparison.prompt_ids[generation.prompt_index]
     logprobs = _plain_logprobs(adapters, wanted, ids, generation.token_ids)
@@ -90,7 +91,7 @@ def _plain_logprobs(
             own = twins.enter_context(skeleton(model))
             made.append((plain_peft(own, config, state, _PLAIN).eval(), multiplier))
         if column.single is not None:
-            return compute_logprobs(made[0][0].get_base_model(), ids, token_ids)
+            return compute_logprobs(made[0][0], ids, token_ids)  # PeftModel's own forward, which some methods need
         _put_explicit(twin, made)
         return compute_logprobs(twin, ids, token_ids)
 

@@ -74,8 +74,16 @@ def jupyterlab(root: Path, scratch: Path, *, theme: str = "JupyterLab Light") ->
     folders = {
         name: str(scratch / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     }
+    # A core for the browser: torch's threads wait for one another busily, and with as many threads as cores each
+    # repaint of the page holds all of them up (measured on two cores: the notebook takes 114 s instead of 32 s).
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
     with subprocess.Popen(
-        command, cwd=root, env={**os.environ, **folders}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=root,
+        env={**os.environ, **threads, **folders},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as server:
         try:
             yield f"{_wait_for_url(server)}|{token}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,11 +155,21 @@ class TestNotebook:
     def test_jupyterlab_is_started_on_the_copy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         started: list[list[str]] = []
 
-        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-            started.append(command)
-            return subprocess.CompletedProcess(command, 0)
+        class Server:
+            """Is interrupted once, as by Ctrl-C in its terminal, goes on, and ends later."""
 
-        monkeypatch.setattr(cli.subprocess, "run", run)
+            waits = iter([KeyboardInterrupt(), None])
+
+            def __init__(self, command: list[str]) -> None:
+                started.append(command)
+
+            def wait(self) -> int:
+                interruption = next(self.waits)
+                if interruption:
+                    raise interruption
+                return 0
+
+        monkeypatch.setattr(cli.subprocess, "Popen", Server)
         monkeypatch.setattr(cli.util, "find_spec", lambda name: object())
         monkeypatch.chdir(tmp_path)
         assert cli.open_notebook() == 0

@@ -24,7 +24,7 @@ def test_every_form_of_a_column(value: object, parts: tuple, label: str) -> None
     column = Column.of(value)  # type: ignore[arg-type]
     assert column.parts == parts
     assert column.label == label
-    assert Column.of(column) is column
+    assert Column.of(column) == column
     assert Column.of(column.as_dict()) == column
 
 

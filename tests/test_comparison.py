@@ -82,7 +82,7 @@ def test_json_gives_the_same_comparison_back(comparison: Comparison, tmp_path: P
         (lambda c: json.dumps({**c, "generations": [{}]}), "damaged"),
         (lambda c: json.dumps({**c, "generations": 3}), "damaged"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "prompts"}), "damaged"),
-        (lambda c: json.dumps({**c, "prompts": []}), "names a prompt that is not there"),
+        (lambda c: json.dumps({**c, "prompts": [], "prompt_ids": []}), "names a prompt that is not there"),
         (lambda c: json.dumps({**c, "generations": [{**c["generations"][0], "text": 3}]}), "text is no text"),
         (lambda c: json.dumps({**c, "generations": [{**c["generations"][0], "tokens": []}]}), "differ in length"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,14 @@ def test_what_is_done_behind_the_labs_back_is_said_and_undone(
     else:
         attention = model.model.layers[0].self_attn
         attention.q_proj = attention.q_proj.base_layer
-    with pytest.warns(AdapterLabWarning, match="behind the lab's back"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         full_lab.compare("Hello", columns=[None], max_new_tokens=1)
+    said = [str(w.message) for w in said if issubclass(w.category, AdapterLabWarning)]
+    assert "behind the lab's back" in said[0]
+    assert len(said) == (2 if what == "merge" else 1), (
+        "merging and dividing back leaves rounding in the base, and that is said"
+    )
     assert torch.allclose(logits_of(full_lab, ids), expected, atol=1e-6)
     assert list(full_lab.model.peft_config) == ["pirate"]
     assert trainable_names(full_lab) == []
@@ -367,3 +374,161 @@ def test_quantised_bases_hold_switch_and_blend(
         lab.merge_and_unload("pirate")
     comparison = lab.compare("Hello", max_new_tokens=4)
     assert lab.verify(comparison)["agrees"].all()
+
+
+# -- found by review: each was a way to make the lab lie --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kasa_config", {}), ("layer_replication", [[0, 2], [0, 2]]), ("alora_invocation_tokens", [1, 2])],
+)
+def test_options_that_need_more_than_layers_are_refused(
+    lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path: Path, field: str, value: Any, ids: torch.Tensor
+) -> None:
+    """KaSA rewrites the base, replication rebuilds it, aLoRA acts only inside PeftModel's own forward."""
+    base, layers = logits_of(lab, ids), lab.model.config.num_hidden_layers
+    folder = tampered(adapter_folders["pirate"], tmp_path / "x", **{field: value or {"beta": 0.1}})
+    with pytest.raises(AdapterLabError, match=r"base must stay base|own forward"):
+        lab.load_adapter(folder)
+    assert torch.equal(logits_of(lab, ids), base)
+    assert lab.model.config.num_hidden_layers == layers
+
+
+def test_the_state_can_not_change_inside_using_or_a_running_comparison(full_lab: AdapterLab) -> None:
+    refused: list[str] = []
+
+    def meddle(event: Any) -> None:
+        for name, call in {
+            "set": lambda: full_lab.set_adapter("poet"),
+            "off": full_lab.disable_adapters,
+            "delete": lambda: full_lab.delete_adapter("pirate"),
+            "add": lambda: full_lab.add_adapter("lora", "late"),
+            "close": full_lab.close,
+        }.items():
+            with pytest.raises(AdapterLabError, match="can't change"):
+                call()
+            refused.append(name)
+        if event.position == 0:
+            for call in (lambda: full_lab.compare("Nested"), full_lab.verify, full_lab.using("poet").__enter__):
+                with pytest.raises(AdapterLabError, match="is running"):
+                    call()
+
+    honest = full_lab.compare("Hello", ["dora", "pirate"], max_new_tokens=3)
+    meddled = full_lab.compare("Hello", ["dora", "pirate"], max_new_tokens=3, on_token=meddle)
+    assert len(refused) >= 10
+    assert [g.token_ids for g in meddled.generations] == [g.token_ids for g in honest.generations]
+    with full_lab.using("poet"):
+        meddle(type("Event", (), {"position": 1}))
+        assert full_lab.active_adapters == {"poet": 1.0}
+        assert full_lab.generate("Hello", max_new_tokens=1).active_adapters == ("poet",)
+    assert full_lab.active_adapters == {}
+
+
+def test_two_labs_never_share_a_model(ids: torch.Tensor) -> None:
+    import standins
+
+    model = standins.tiny_llama()
+    one = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    one.add_adapter("lora", "a", init_lora_weights=False)
+    with pytest.raises(AdapterLabError, match="in another open lab"):
+        other = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    one = AdapterLab(model, tokenizer=standins.tiny_tokenizer())  # the same cell again
+    assert list(one.adapters) == []
+    one.close()
+    other = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    assert torch.equal(logits_of(other, ids), logits_of(other, ids))
+
+
+def test_a_changed_base_is_said_and_a_thawed_one_is_frozen(full_lab: AdapterLab) -> None:
+    full_lab.model.requires_grad_(True)
+    full_lab.set_adapter("pirate")
+    assert trainable_names(full_lab) == []
+    full_lab.model.lm_head.weight.data.mul_(1.5)
+    with pytest.warns(AdapterLabWarning, match="no longer those"):
+        full_lab.compare("Hello", max_new_tokens=1)
+    assert not full_lab.verify()["agrees"].any()
+
+
+def test_an_overwritten_folder_does_not_make_a_liar_of_verify(
+    lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(adapter_folders["pirate"], tmp_path / "x"))
+    lab.load_adapter(folder, "one")
+    lab.load_adapter(adapter_folders["wide"], "two")
+    lab.save_adapter("two", folder)
+    lab.compare("Hello", ["one"], max_new_tokens=2)
+    assert lab.verify()["agrees"].all()
+
+
+def test_what_was_trained_stays_believed_when_something_else_is_trained_next(lab: AdapterLab) -> None:
+    lab.add_adapter("lora", "first")
+    for parameter in [p for p in lab.model.parameters() if p.requires_grad]:
+        parameter.data.add_(0.1)
+    lab.add_adapter("lora", "second")
+    lab.compare("Hello", ["first"], max_new_tokens=2)
+    assert lab.verify()["agrees"].all()
+
+
+def test_an_adapter_deleted_natively_is_forgotten(full_lab: AdapterLab) -> None:
+    full_lab.set_adapter("pirate")
+    full_lab.model.delete_adapter("pirate")
+    with pytest.warns(AdapterLabWarning, match="behind the lab's back"):
+        full_lab.set_adapter("poet")
+    assert "pirate" not in full_lab.adapters
+    full_lab.compare("Hello", max_new_tokens=1)
+
+
+def test_one_name_is_asked_for_where_one_adapter_is_meant(full_lab: AdapterLab, tmp_path: Path) -> None:
+    for wrong in (["pirate"], {"pirate": 0.5}, 3, "base", "nobody"):
+        for call in (
+            full_lab.set_trainable,
+            full_lab.delete_adapter,
+            lambda name: full_lab.save_adapter(name, tmp_path / "x"),
+        ):
+            with pytest.raises(AdapterLabError):
+                call(wrong)  # type: ignore[arg-type, operator]
+    assert full_lab.trainable is None
+    assert len(full_lab.adapters) == 5
+
+
+def test_an_adopted_adapter_with_a_reserved_name_is_renamed(
+    adapter_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import standins
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(standins.tiny_llama(), adapter_folders["pirate"], adapter_name="base")
+    lab = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    assert list(lab.adapters) == ["my-base"]
+    assert "is called 'my-base' here" in capsys.readouterr().out
+
+
+def test_a_merged_model_in_hand_is_refused(adapter_folders: dict[str, Path]) -> None:
+    import standins
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(standins.tiny_llama(), adapter_folders["pirate"])
+    model.merge_adapter()
+    with pytest.raises(AdapterLabError, match="unmerge_adapter"):
+        AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+
+
+def test_stop_strings_stop(lab: AdapterLab) -> None:
+    plain = lab.generate("Hello", "base", max_new_tokens=20).text
+    stop = plain[2:4]
+    stopped = lab.generate("Hello", "base", max_new_tokens=20, stop_strings=[stop])
+    assert stopped.finish_reason == "stop_string"
+    assert stopped.new_tokens < 20
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 0}, {"bad_words_ids": []}, {"no_repeat_ngram_size": "a"}, {"stop_strings": 3}],
+    ids=str,
+)
+def test_settings_that_transformers_refuses_are_named(lab: AdapterLab, settings: dict[str, Any]) -> None:
+    with pytest.raises(AdapterLabError, match=next(iter(settings))):
+        lab.compare("Hello", **settings)
