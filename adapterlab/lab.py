@@ -628,9 +628,9 @@ class AdapterLab:
             raise AdapterLabError("This lab is closed: open one again with AdapterLab(…).")
 
     def _check_no_run(self) -> None:
-        if self._running:
+        if self._running == threading.get_ident():
             raise AdapterLabError(
-                "A comparison is running in this very call: do this when it has ended, not in on_token."
+                "A comparison is running, and the lab's state can't change in its on_token: do this when it has ended."
             )
 
     def _tell(self, kind: str) -> None:
