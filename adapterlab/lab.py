@@ -95,9 +95,7 @@ class AdapterLab:
         self._closed = True  # until everything below has worked
         self._lock = threading.RLock()
         self._stop = threading.Event()
-        self._running = (
-            False  # only the thread that runs a comparison can see this as True: the others wait for the lock
-        )
+        self._running: int | None = None  # the thread that runs a comparison
         self._listeners: list[Listener] = []
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self.history: list[Comparison] = []

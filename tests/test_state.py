@@ -411,7 +411,7 @@ def test_the_state_can_not_change_inside_using_or_a_running_comparison(full_lab:
             refused.append(name)
         if event.position == 0:
             for call in (lambda: full_lab.compare("Nested"), full_lab.verify, full_lab.using("poet").__enter__):
-                with pytest.raises(AdapterLabError, match="is running|can't change"):
+                with pytest.raises(AdapterLabError, match=r"is running"):
                     call()
 
     honest = full_lab.compare("Hello", ["dora", "pirate"], max_new_tokens=3)
