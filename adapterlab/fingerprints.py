@@ -74,7 +74,8 @@ def base_digest(model: nn.Module) -> str:
     """
     total = hashlib.blake2b(digest_size=16)
     statistics = {id(module.weight): module for module in model.modules() if type(module).__name__ == "Linear8bitLt"}
-    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+    # by name: PEFT's parametrised experts are registered anew after each forward, which changes their order
+    for key, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         for label, part in _with_statistics(key, tensor, statistics.get(id(tensor))):
             total.update(f"{label}|{part.dtype}|{tuple(part.shape)}|".encode())
             total.update(_block_sums(part))

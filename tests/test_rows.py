@@ -1,0 +1,167 @@
+"""One batch, one adapter per row: each column's tokens are those of the same column alone in plain PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standins
+import torch
+from peft import PeftModel
+from test_mounts import architectures, method_configs
+
+from adapterlab import AdapterLab
+from adapterlab.rows import Rows, RowsError
+
+IN_TURN = {"dora", "loha", "lokr", "oft", "hra", "ln_tuning", "embed", "head", "tokens", "moe"}
+
+
+def same_up_to_ties(mine: Any, plain: list[int]) -> bool:
+    """Equal tokens, or a first difference where the winner led by no more than rounding."""
+    for i, (a, b) in enumerate(zip(mine.token_ids, plain)):
+        if a != b:
+            return mine.leads[i] < 1e-4
+    return len(mine.token_ids) == len(plain)
+
+
+@pytest.mark.parametrize(("builder", "kind", "targets", "feedforward"), architectures())
+def test_columns_of_a_batch_equal_plain_peft_alone(
+    builder: str, kind: str, targets: list[str], feedforward: list[str], tmp_path: Path
+) -> None:
+    make = getattr(standins, builder)
+    lab = AdapterLab(make(), tokenizer=standins.tiny_tokenizer(seq2seq=kind == "seq2seq"))
+    configs = method_configs(builder, targets, feedforward)
+    for seed, (name, config) in enumerate(configs.items()):
+        lab.load_adapter(standins.write_adapter(tmp_path / name, make(), config, seed=seed), name)
+    comparison = lab.compare(["Hello there", "What is the moon made of?"], max_new_tokens=10)
+    start = 1 if kind == "seq2seq" else None
+    for name in [None, *configs]:
+        plain: Any = make() if name is None else PeftModel.from_pretrained(make(), tmp_path / name).eval()
+        for index, ids in enumerate(comparison.prompt_ids):
+            generation = comparison[name, index]
+            out = plain.generate(input_ids=torch.tensor([ids]), max_new_tokens=10, do_sample=False)
+            tokens = out[0, start or len(ids) :].tolist()
+            assert same_up_to_ties(generation, tokens), (name, index)
+            assert generation.batched is (name not in IN_TURN), (name, generation.note)
+            assert generation.batched or generation.note.startswith("run in turn: ")
+    assert lab.verify()["agrees"].all()
+    lab.set_adapter(None)
+    inputs = {"input_ids": torch.tensor([comparison.prompt_ids[0]])}
+    inputs |= {"decoder_input_ids": torch.tensor([[0, 5]])} if kind == "seq2seq" else {}
+    with torch.no_grad():
+        assert torch.equal(lab.model(**inputs).logits, make()(**inputs).logits), "nothing stays in the base"
+
+
+def test_blends_and_multipliers_are_rows_too(full_lab: AdapterLab) -> None:
+    columns: list[Any] = [None, {"pirate": 0.5}, "pirate", {"pirate": 1.5}, {"wide": 0.4, "poet": 0.6}, ["ada", "wide"]]
+    comparison = full_lab.compare("Tell me", columns, max_new_tokens=12)
+    assert all(g.batched for g in comparison.generations)
+    for column, generation in zip(columns, comparison.generations):
+        with full_lab.using(column) as model:
+            out = model.generate(torch.tensor([comparison.prompt_ids[0]]), max_new_tokens=12, do_sample=False)
+        assert same_up_to_ties(generation, out[0, len(comparison.prompt_ids[0]) :].tolist())
+    assert full_lab.verify()["agrees"].all()
+
+
+def test_a_sweep_of_one_adapter_stacks_nothing(full_lab: AdapterLab) -> None:
+    from adapterlab import Column
+
+    columns = [Column(), *(Column.of({"pirate": m}) for m in (0.5, 1.0, 1.5))]
+    rows = Rows(full_lab._adapters.mounts, columns, 1, {1})
+    own = {
+        p.data_ptr()
+        for _, p in full_lab._adapters.mounts.adapters["pirate"]
+        .layers["model.layers.0.self_attn.q_proj"]
+        .named_parameters()
+    }  # noqa: E501
+    low = rows.layers["model.layers.0.self_attn.q_proj"].low
+    assert low is not None
+    assert {low[1].data_ptr(), low[3].data_ptr()} <= own
+
+
+def test_finished_columns_and_prompts_leave_the_batch(full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = type(full_lab.model).forward
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(self, *args, **kwargs)
+        sizes.append(out.logits.shape[0])
+        return out
+
+    whole = full_lab.compare(["Hi", "Tell me more"], [None, "pirate", "wide", "poet"], max_new_tokens=30)
+    ends = [int(g.token_ids[min(3, g.new_tokens - 1)]) for g in whole.generations[:3]]
+    monkeypatch.setattr(type(full_lab.model), "forward", counting)
+    shorter = full_lab.compare(
+        ["Hi", "Tell me more"], [None, "pirate", "wide", "poet"], max_new_tokens=30, eos_token_id=[2, *ends]
+    )
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+    for long, short in zip(whole.generations, shorter.generations):
+        assert long.token_ids[: short.new_tokens] == short.token_ids
+
+
+def test_the_cut_into_batches_changes_no_text(full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    import adapterlab.generation as generation
+
+    prompts = ["Hi", "Tell me more about it", "What is the moon?", "Yes"]
+    settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 4}
+    together = full_lab.compare(prompts, ["pirate", None, "poet"], **settings)
+    monkeypatch.setattr(generation, "free_memory", lambda model: 0)
+    cut = full_lab.compare(prompts, ["pirate", None, "poet"], **settings)
+    assert [g.token_ids for g in cut.generations] == [g.token_ids for g in together.generations]
+
+
+def test_exchanged_rows_are_noticed_by_digest_and_verify(
+    lab: AdapterLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mix-up that batching makes possible: the stack's rows swapped, names and tensors of the adapters intact."""
+    from peft import LoraConfig
+
+    for seed, name in enumerate(["left", "right"], start=1):
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        lab.load_adapter(standins.write_adapter(tmp_path / name, standins.tiny_llama(), config, seed=seed), name)
+    honest = lab.compare("Hello", max_new_tokens=6)
+    build = Rows._build
+
+    def mixed_up(self: Rows, mounts: Any) -> Any:
+        layers = build(self, mounts)
+        for layer in layers.values():
+            assert layer.low is not None
+            first, A, e, B = layer.low
+            layer.low = (first, A.flip(0), e, B.flip(0))
+        return layers
+
+    monkeypatch.setattr(Rows, "_build", mixed_up)
+    swapped = lab.compare("Hello", max_new_tokens=6)
+    assert swapped["left"].text == honest["right"].text, "the swap really changed who speaks"
+    assert swapped["left"].weights_digest not in {g.weights_digest for g in honest.generations}
+    verdict = lab.verify(swapped).set_index("column")
+    assert verdict["agrees"].to_dict() == {"base": True, "left": False, "right": False}
+    assert not verdict.loc["left", "tokens_agree"]
+
+
+def test_rows_that_can_not_be_told_apart_run_in_turn(full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = full_lab.compare("Hello", [None, "pirate"], max_new_tokens=4)
+
+    def lost(self: Rows, x: torch.Tensor) -> torch.Tensor:
+        raise RowsError("an input of another shape")
+
+    monkeypatch.setattr(Rows, "split", lost)
+    alone = full_lab.compare("Hello", [None, "pirate"], max_new_tokens=4)
+    assert [g.token_ids for g in alone.generations] == [g.token_ids for g in expected.generations]
+    assert alone["pirate"].note == "run in turn: an input of another shape"
+    assert not alone["pirate"].batched
+
+
+def test_8bit_rows_share_a_batch_only_at_threshold_0(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    folder = standins.write_model(tmp_path / "m", standins.tiny_llama(**sizes), standins.tiny_tokenizer())
+    leaky = AdapterLab(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32)
+    leaky.add_adapter("lora", "a", init_lora_weights=False)
+    assert "llm_int8_threshold=6" in leaky.compare("Hello", max_new_tokens=2)["a"].note
+    sound = AdapterLab(folder, quantization="8bit", dtype=torch.float32)
+    sound.add_adapter("lora", "a", init_lora_weights=False)
+    assert sound.compare("Hello", max_new_tokens=2)["a"].batched
