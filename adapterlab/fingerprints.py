@@ -78,7 +78,8 @@ def base_digest(model: nn.Module) -> str:
     for key, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         for label, part in _with_statistics(key, tensor, statistics.get(id(tensor))):
             total.update(f"{label}|{part.dtype}|{tuple(part.shape)}|".encode())
-            total.update(_block_sums(part))
+            for sums in _block_sums(part):
+                total.update(sums)
     return total.hexdigest()
 
 
@@ -97,20 +98,23 @@ def _with_statistics(key: str, tensor: Any, layer: Any) -> Iterator[tuple[str, T
         yield f"{key}.SCB", scales
 
 
-def _block_sums(tensor: Tensor) -> bytes:
+def _block_sums(tensor: Tensor) -> Iterator[Any]:
     import torch
 
     if tensor.device.type == "meta":
-        return b"meta"  # offloaded by accelerate: not resident, so its content can't be read here
+        yield b"meta"  # offloaded by accelerate: not resident, so its content can't be read here
+        return
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     whole = flat.numel() // (8 * _BLOCK) * (8 * _BLOCK)
     grid = flat[:whole].view(torch.int64).view(-1, _BLOCK)
-    return _bytes(grid.sum(dim=1)) + _bytes(grid.sum(dim=0)) + _bytes(flat[whole:])
+    for part in (grid.sum(dim=1), grid.sum(dim=0), flat[whole:]):
+        yield _bytes(part)
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's content as a buffer, without a copy where it lies on the CPU."""
     import torch
 
     if tensor.device.type == "meta":
         return b"meta"
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()

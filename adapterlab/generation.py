@@ -18,6 +18,7 @@ from adapterlab.fingerprints import adapter_digest, base_digest, column_digest
 from adapterlab.notices import warn
 from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
 from adapterlab.sampling import Row, Sampler, make_decoder
+from adapterlab.settings import READ_THE_TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ class Run:
     stop: threading.Event
     on_token: OnToken | None
     about: dict[str, Any]
+    digests: dict[str, str] = field(default_factory=dict)  # of the adapters that take part
     references: dict[int, Tensor | None] = field(default_factory=dict)  # the base's first logits, by prompt
 
 
@@ -124,7 +126,7 @@ def _prompt_batches(run: Run, columns: int) -> list[tuple[int, ...]]:
     room = max(1, rows // columns)
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        buckets.setdefault(length if run.settings.extra else 0, []).append(index)
+        buckets.setdefault(length if READ_THE_TEXT & set(run.settings.extra) else 0, []).append(index)
     return [tuple(b[i : i + room]) for b in buckets.values() for i in range(0, len(b), room)]
 
 
@@ -180,7 +182,7 @@ def _decode_batch(run: Run, group: Group, rows: list[Row], base: str) -> tuple[d
     with run.adapters.using(None):
         layout = Rows(mounts, group.columns, len(prompts), {max(len(p.ids) for p in prompts), 1})
         with layout.mounted(mounts):
-            proofs = {c: Proof(*layout.proof(i, mounts, base)) for i, c in enumerate(group.columns)}
+            proofs = {c: Proof(*layout.proof(i, mounts, base, run.digests)) for i, c in enumerate(group.columns)}
             return proofs, _decode(run, prompts * len(group.columns), rows, layout)
 
 

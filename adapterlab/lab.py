@@ -434,8 +434,10 @@ class AdapterLab:
         check_context(self._adapters.model, prompts, settings)
         self._stop.clear()
         self._adapters.impose()
-        self._adapters.refresh()
-        run = Run(self._adapters, self._tokenizer, prompts, wanted, settings, self._stop, on_token, self._about())
+        digests = self._adapters.refresh(dict.fromkeys(name for column in wanted for name in column.names))
+        run = Run(
+            self._adapters, self._tokenizer, prompts, wanted, settings, self._stop, on_token, self._about(), digests
+        )
         self._running = threading.get_ident()
         try:
             return run_comparison(run)

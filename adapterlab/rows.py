@@ -10,14 +10,14 @@ The number of rows comes from the run and never from x.shape: OPT's fc1 and MoE 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterlab.equation import Term, blend_obstacle, compute_term
-from adapterlab.fingerprints import adapter_digest, column_digest, tensors_digest
+from adapterlab.fingerprints import column_digest, tensors_digest
 
 if TYPE_CHECKING:
     from adapterlab.columns import Column
@@ -81,10 +81,10 @@ class Rows:
         return x.reshape(len(self.live), -1, x.shape[-1])
 
     @torch.no_grad()
-    def proof(self, place: int, mounts: Mounts, base: str) -> tuple[dict[str, float], str]:
+    def proof(self, place: int, mounts: Mounts, base: str, digests: Mapping[str, str]) -> tuple[dict[str, float], str]:
         """Who acts in column `place`, and the digest of the tensors its rows will really read.
 
-        The stacks are compared with the adapters' own tensors: where they are equal, the adapters' digests stand for
+        The stacks are compared with the adapters' own tensors: where they are equal, the adapters' `digests` stand for
         them; where somebody exchanged or changed them, their own content is hashed, which equals nobody's.
         """
         column = self.columns[place]
@@ -96,7 +96,7 @@ class Rows:
             terms = [compute_term(layers[path], name, m) for m, layers, name in parts if path in layers]
             if not layer.holds(place, terms):
                 return column.as_dict(), self._stacked_digest(place)
-        return column.as_dict(), column_digest((m, adapter_digest(layers, name)) for m, layers, name in parts)
+        return column.as_dict(), column_digest((m, digests[name]) for name, m in column.parts)
 
     def _stacked_digest(self, place: int) -> str:
         return tensors_digest(tensor for path in sorted(self.layers) for tensor in self.layers[path].own(place))

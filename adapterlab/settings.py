@@ -19,6 +19,11 @@ _PASSED_ON = frozenset({
     "suppress_tokens", "typical_p",
 })  # fmt: skip
 _COLDEST = 1e-3  # below, logits / temperature leave the range in which fp32 can tell tokens apart
+# Processors that look at the ids so far: padding is text to them.
+READ_THE_TEXT = frozenset({
+    "bad_words_ids", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "no_repeat_ngram_size",
+    "repetition_penalty", "sequence_bias",
+})  # fmt: skip
 _SAMPLING_ONLY = frozenset(["min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"])
 _REFUSED = {
     "num_beams": "beam search gives no comparable columns: leave it at 1",

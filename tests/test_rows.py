@@ -74,7 +74,7 @@ def test_a_sweep_of_one_adapter_stacks_nothing(full_lab: AdapterLab) -> None:
         for _, p in full_lab._adapters.mounts.adapters["pirate"]
         .layers["model.layers.0.self_attn.q_proj"]
         .named_parameters()
-    }  # noqa: E501
+    }
     low = rows.layers["model.layers.0.self_attn.q_proj"].low
     assert low is not None
     assert {low[1].data_ptr(), low[3].data_ptr()} <= own
