@@ -246,7 +246,7 @@ class Adapters:
         except AdapterLabError:
             raise
         except Exception as error:  # PEFT's own verdict on target_modules, layers or values, in its words
-            raise AdapterLabError(f"{name!r} can't be added: {' '.join(str(error).split())}") from error
+            raise AdapterLabError(f"{name!r} can't be added: {self._pefts_words(error)}") from error
         self.mounts.add(name, mounted)
         digest = adapter_digest(mounted.layers, name)
         self.records[name] = Record("added here", digest, is_noop(mounted, name), digest, initial=digest)
@@ -312,7 +312,7 @@ class Adapters:
             try:
                 shapes = expected_shapes(self.model, config, name)
             except Exception as error:  # PEFT's own verdict, in its words
-                raise AdapterLabError(f"{name!r} can't be added: {' '.join(str(error).split())}") from error
+                raise AdapterLabError(f"{name!r} can't be added: {self._pefts_words(error)}") from error
         wanted = sum(4 * math.prod(shape) for shape in shapes.values())
         free = psutil.virtual_memory().available
         if wanted > free:
@@ -320,6 +320,19 @@ class Adapters:
                 f"{name!r} would take {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose a smaller rank or "
                 "fewer target_modules."
             )
+
+    def _pefts_words(self, error: BaseException) -> str:
+        """PEFT's own verdict in one line; where it misses target modules, with those that this model has."""
+        words = " ".join(str(error).split()) or type(error).__name__
+        if "not found in the base model" in words:
+            last = {
+                key.rsplit(".", 1)[-1]
+                for key in self.base
+                if key.endswith(".weight")
+                for key in [key[: -len(".weight")]]
+            }
+            words += f" This model has {', '.join(sorted(last))}."
+        return words
 
     def check_new_name(self, name: str) -> None:
         words = {word for key, _ in self.model.named_modules() for word in key.split(".")}

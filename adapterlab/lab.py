@@ -274,17 +274,15 @@ class AdapterLab:
         a quantised base, where rounding would change the outputs.
         """
         from adapterlab import merging
+        from adapterlab.storage import building, checked_folder
 
+        target = None if folder is None else checked_folder(folder, set(), "a merged model")
         plain = merging.merged_model(self._adapters, self._adapters.column(column))
-        if folder is not None:
-            target = Path(folder).expanduser()
-            if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise AdapterLabError(
-                    f"{str(target)!r} holds something already: name a new folder for the merged model."
-                )
-            plain.save_pretrained(str(target))
-            if self._tokenizer is not None:
-                self._tokenizer.save_pretrained(str(target))
+        if target is not None:
+            with building(target) as beside:
+                for part in (plain, self._tokenizer):
+                    if part is not None:
+                        part.save_pretrained(str(beside))
         return plain
 
     @_exclusive
@@ -294,7 +292,7 @@ class AdapterLab:
 
         self._adapters.known(adapter_name)
         config, state = self._adapters.state(adapter_name)
-        written = write_adapter(Path(folder), config, state, self._adapters.base_path)
+        written = write_adapter(folder, config, state, self._adapters.base_path)
         self._adapters.note_saved(adapter_name)
         self._tell("adapters")
         return written

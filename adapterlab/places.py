@@ -113,7 +113,13 @@ def locate(
     If the Hub can't be reached, the local cache answers, and says so (unless `tell` is False).
     Raises `AdapterLabError` if there is nothing of this name, or no such revision or subfolder.
     """
-    typed, path = os.fspath(model), Path(os.fspath(model)).expanduser()
+    if not isinstance(model, (str, os.PathLike)) or not isinstance(subfolder, (str, type(None))):
+        wrong = subfolder if isinstance(model, (str, os.PathLike)) else model
+        raise AdapterLabError(f"{wrong!r} names no folder and no Hub id: give text, or a path.")
+    try:
+        typed, path = os.fspath(model), Path(os.fspath(model)).expanduser()
+    except RuntimeError as error:
+        raise AdapterLabError(f"{str(model)!r} can't be read as a path: {error}") from error
     if not typed.strip():
         raise AdapterLabError("The name of the model is empty: give a Hub id such as 'facebook/opt-350m', or a folder.")
     if path.is_dir():

@@ -70,7 +70,7 @@ class AdapterView(Mapping[str, AdapterInfo]):
         self._adapters = adapters
 
     def __getitem__(self, name: str) -> AdapterInfo:
-        if name not in self._adapters.records:
+        if not isinstance(name, str) or name not in self._adapters.records:
             raise UnknownAdapterError(name, list(self._adapters.records))
         return self._adapters.info(name)
 
@@ -90,7 +90,7 @@ class AdapterView(Mapping[str, AdapterInfo]):
 class UnknownAdapterError(AdapterLabError, KeyError):
     """A name that no adapter has; a `KeyError` too, so that `in` and `.get` work as on any mapping."""
 
-    def __init__(self, name: str, known: list[str]) -> None:
+    def __init__(self, name: object, known: list[str]) -> None:
         super().__init__(f"No adapter named {name!r}; the lab has {', '.join(map(repr, known)) or 'none yet'}.")
 
     __str__ = Exception.__str__

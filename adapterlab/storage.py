@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _OWN_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
-def write_adapter(folder: Path, config: PeftConfig, state: dict[str, Any], base_path: str) -> Path:
+def write_adapter(folder: Any, config: PeftConfig, state: dict[str, Any], base_path: str) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`, replacing an adapter that is there.
 
     Keys are plain PEFT's, whatever else the lab holds. Raises `AdapterLabError` if the folder holds other things or
@@ -50,8 +50,10 @@ def building(folder: Path) -> Iterator[Path]:
         os.chmod(beside, 0o755)
         yield beside
         replace_folder(beside, folder)
-    except OSError as error:
-        raise AdapterLabError(f"{str(folder)!r} can't be written: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:
+        raise AdapterLabError(
+            f"{str(folder)!r} can't be written: {getattr(error, 'strerror', None) or error}."
+        ) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
@@ -65,7 +67,7 @@ def checked_folder(folder: Any, own: set[str], what: str) -> Path:
             raise AdapterLabError(f"{str(path)!r} is a file: name a folder to save {what} in.")
         strange = sorted({item.name for item in path.iterdir()} - own) if path.is_dir() else []
     except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise AdapterLabError(f"{folder!r} is no folder to save {what} in: {error}") from error
+        raise AdapterLabError(f"{str(folder)[:80]!r} is no folder to save {what} in: {error}") from error
     if strange:
         raise AdapterLabError(
             f"{str(path)!r} holds other things ({', '.join(strange[:4])}): name an empty or a new folder."
