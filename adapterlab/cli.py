@@ -94,17 +94,21 @@ def print_comparison(lab: AdapterLab, prompt: str, **settings: Any) -> Compariso
 
 
 class _Progress:
-    """A line on stderr for each column: at a terminal its text runs by, elsewhere it is written when it has ended."""
+    """A line on stderr for each column when it has ended; at a terminal the text of one column runs by meanwhile."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._texts: dict[str, str] = {}
+        self._shown: str | None = None  # columns grow together, and only one fits the line
 
     def __call__(self, event: TokenEvent) -> None:
         text = self._texts[event.column] = self._texts.get(event.column, "") + event.text
+        if self._shown is None:
+            self._shown = event.column
         if event.finish_reason:
+            self._shown = None if self._shown == event.column else self._shown
             end = f"  {event.column}: {event.position + 1} tokens, {event.finish_reason}\n"
-        elif self._live:
+        elif self._live and self._shown == event.column:
             room = max(shutil.get_terminal_size((100, 24)).columns - len(event.column) - 5, 0)
             end = f"  {event.column}: {_printable(text)[-room:] if room else ''}"
         else:

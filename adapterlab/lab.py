@@ -192,7 +192,10 @@ class AdapterLab:
     @_changes_state
     def set_adapter(self, column: ColumnLike) -> None:
         """Select what acts in `lab.model`: a name, a list, a dict of multipliers, or None for base. Selecting an
-        adapter enables adapters; selecting base leaves that as it was. Takes well under a millisecond."""
+        adapter enables adapters; selecting base leaves that as it was. Takes well under a millisecond.
+
+        A blend, or a multiplier other than 1, is for inference: no adapter's parameters are in `lab.model` meanwhile,
+        so nothing trains, and dropout is off."""
         self._adapters.select(column)
         self._tell("state")
 
