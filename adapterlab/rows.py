@@ -181,9 +181,7 @@ class RowLayer(nn.Module):
         A, e, B = (stack[0] for stack in alone.low[1:])
         r = A.shape[0]
         fits = (
-            torch.equal(have_low[0][:r], A)
-            and torch.equal(have_low[1][:, :r], e)
-            and torch.equal(have_low[2][:, :r], B)
+            torch.equal(have_low[0][:r], A) and torch.equal(have_low[1][:, :r], e) and torch.equal(have_low[2][:r], B)
         )
         return fits and not bool((have_low[1][:, r:] != 0).any())
 
@@ -199,9 +197,9 @@ class RowLayer(nn.Module):
             part, mine = out[first : first + len(A)], rows[first : first + len(A)]
             low = torch.bmm(mine.to(A.dtype), A.mT).mul_(e)
             if part.dtype == low.dtype:
-                part.baddbmm_(low, B.mT)
+                part.baddbmm_(low, B)
             else:
-                part.copy_(part + torch.bmm(low, B.mT))
+                part.copy_(part + torch.bmm(low, B))
         if self.s_out is not None:
             out.mul_(self.s_out)
         if self.extra is not None:
@@ -239,10 +237,10 @@ def _stack_biases(columns: list[list[Tensor]]) -> Tensor | None:
 
 
 def _stack_factors(columns: list[list[Term]]) -> tuple[int, Tensor, Tensor, Tensor] | None:
-    """(first column, A: (n, r, in), e: (n, 1, r), B: (n, out, r)) for the span of columns that have any.
+    """(first column, A: (n, r, in), e: (n, 1, r), B: (n, r, out)) for the span of columns that have any.
 
-    Ranks are padded with zeros to the largest; a blend's factors lie behind one another. One adapter at several
-    multipliers is stacked once and spread without a copy.
+    B lies transposed: a batch of vectors times it is what a CPU does fastest. Ranks are padded with zeros to the largest;
+    a blend's factors lie behind one another. One adapter at several multipliers is spread without a copy.
     """
     having = [i for i, column in enumerate(columns) if column]
     if not having:
@@ -261,15 +259,15 @@ def _stack_factors(columns: list[list[Term]]) -> tuple[int, Tensor, Tensor, Tens
             at += _rank(term)
     shared = {(id(term.A), id(term.B)) for column in span for term in column}
     if len(shared) == 1 and all(len(column) == 1 for column in span):
-        return having[0], like.A.detach().expand(n, -1, -1), e, like.B.detach().expand(n, -1, -1)
+        return having[0], like.A.detach().expand(n, -1, -1), e, like.B.detach().T.expand(n, -1, -1)
     A = torch.zeros(n, r, like.A.shape[1], dtype=like.A.dtype, device=like.A.device)
-    B = torch.zeros(n, like.B.shape[0], r, dtype=like.B.dtype, device=like.B.device)
+    B = torch.zeros(n, r, like.B.shape[0], dtype=like.B.dtype, device=like.B.device)
     for i, column in enumerate(span):
         at = 0
         for term in column:
             r = _rank(term)
             A[i, at : at + r].copy_(term.A)  # type: ignore[arg-type]
-            B[i, :, at : at + r].copy_(term.B)  # type: ignore[arg-type]
+            B[i, at : at + r].copy_(term.B.T)  # type: ignore[union-attr]
             at += r
     return having[0], A, e, B
 
