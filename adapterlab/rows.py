@@ -10,7 +10,7 @@ The number of rows comes from the run and never from x.shape: OPT's fc1 and MoE 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,9 +126,9 @@ class RowLayer(nn.Module):
         self.base_layer = base_layer
         self.training = base_layer.training
         object.__setattr__(self, "rows", rows)
-        self.s_in = _stack_scales([[t.s_in for t in column if t.s_in is not None] for column in terms])
-        self.s_out = _stack_scales([[t.s_out for t in column if t.s_out is not None] for column in terms])
-        self.extra = _stack_biases([[t.bias for t in column if t.bias is not None] for column in terms])
+        self.s_in = _stack([[t.s_in for t in column if t.s_in is not None] for column in terms], 1.0, Tensor.mul_)
+        self.s_out = _stack([[t.s_out for t in column if t.s_out is not None] for column in terms], 1.0, Tensor.mul_)
+        self.extra = _stack([[t.bias for t in column if t.bias is not None] for column in terms], 0.0, Tensor.add_)
         self.low = _stack_factors([[t for t in column if t.A is not None] for column in terms])
 
     @property
@@ -213,26 +213,15 @@ def _same(have: Tensor | None, want: Tensor | None, neutral: float) -> bool:
     return bool((have == neutral).all()) if want is None else torch.equal(have, want)
 
 
-def _stack_scales(columns: list[list[Tensor]]) -> Tensor | None:
-    """(columns, 1, features), ones where a column has no scale; the product where a blend has several."""
-    like = next((scale for column in columns for scale in column), None)
+def _stack(columns: list[list[Tensor]], neutral: float, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    """(columns, 1, features): each column's vectors joined in place, `neutral` where it has none; None if nobody has any."""
+    like = next((vector for column in columns for vector in column), None)
     if like is None:
         return None
-    stack = torch.ones(len(columns), 1, like.shape[-1], dtype=like.dtype, device=like.device)
+    stack = torch.full((len(columns), 1, like.shape[-1]), neutral, dtype=like.dtype, device=like.device)
     for place, column in zip(stack, columns):
-        for scale in column:
-            place.mul_(scale)
-    return stack
-
-
-def _stack_biases(columns: list[list[Tensor]]) -> Tensor | None:
-    like = next((bias for column in columns for bias in column), None)
-    if like is None:
-        return None
-    stack = torch.zeros(len(columns), 1, like.shape[-1], dtype=like.dtype, device=like.device)
-    for place, column in zip(stack, columns):
-        for bias in column:
-            place.add_(bias)
+        for vector in column:
+            join(place, vector)
     return stack
 
 
