@@ -48,10 +48,9 @@ def base_size(adapters: Adapters) -> tuple[int, int, str]:
     return parameters, size, max(by_dtype, key=lambda name: by_dtype[name])
 
 
-def dtype_label(adapters: Adapters, quantization: str | None) -> str:
-    """`fp32`, `bf16`, …, or the quantization."""
-    dtype = base_size(adapters)[2]
-    return quantization or _DTYPES.get(dtype, dtype)
+def dtype_label(dtype: str) -> str:
+    """torch's name as people say it: `float32` → `fp32`."""
+    return _DTYPES.get(dtype, dtype)
 
 
 def summary_frame(adapters: Adapters) -> pd.DataFrame:

@@ -523,8 +523,8 @@ class AdapterLab:
 
         if self._closed:
             return f"{getattr(self, 'name', 'AdapterLab')} · closed"
-        parameters, size, _ = base_size(self._adapters)
-        dtype = dtype_label(self._adapters, self._quantization)
+        parameters, size, stored = base_size(self._adapters)
+        dtype = self._quantization or dtype_label(stored)
         if self._adapters.enabled:
             parts = self._adapters.selection.parts
             acting = "acting now: " + (" + ".join(f"{name} × {m:g}" for name, m in parts) or "base")
