@@ -106,6 +106,8 @@ class Adapters:
     def _make_trainable(self, name: str | None) -> None:
         if self.trainable in self.records:
             self.refresh([self.trainable])  # what it learned until now is what it is
+        if name is not None:
+            self.mounts.release(name)  # an optimizer gets plain tensors
         self.trainable = name
 
     def known(self, name: Any) -> str:
@@ -381,13 +383,15 @@ class Adapters:
 
         The trainable adapter is meant to change, by whatever trainer; what others hold is compared with their reference.
         """
-        from adapterlab.fingerprints import adapter_digest
+        from adapterlab.fingerprints import AdapterReader
         from adapterlab.methods import is_noop
 
         fresh = {}
         for name in self.records if names is None else names:
             mounted, record = self.mounts.adapters[name], self.records[name]
-            digest = adapter_digest(mounted.layers, name)
+            if record.reader is None or record.reader.layers is not mounted.layers:
+                record.reader = AdapterReader(mounted.layers, name)
+            digest = record.reader.digest()
             if digest != record.digest:
                 record.digest, record.noop = digest, is_noop(mounted, name, fresh=False)
             if name == self.trainable:

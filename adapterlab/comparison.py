@@ -44,7 +44,10 @@ class Generation:
     weights_digest: of the tensors that really acted (base: of the base's). logit_shift: largest |Δlogit| against base
     on the prompt's last position. logprobs: of each token under this column's own unprocessed logits; base_logprobs
     the same under base, None until asked for. leads: by how much each token won, in processed-score units.
-    seconds: wall time from prompt to last token.
+    seconds: wall time from prompt to last token. batch_size: rows that shared the forward at its start.
+    cached: taken from an earlier run of the lab with the same weights, prompt and settings; seconds, batched and
+    batch_size are those of its making. first_difference: the first position at which the token is another than the
+    base's in the same comparison, None without a base or a difference; tie: rounding alone could have made that one.
     """
 
     column: str
@@ -65,6 +68,10 @@ class Generation:
     batched: bool = False
     note: str = ""
     base_logprobs: tuple[float, ...] | None = None
+    batch_size: int = 1
+    cached: bool = False
+    first_difference: int | None = None
+    tie: bool = False
 
     @property
     def new_tokens(self) -> int:
@@ -118,7 +125,10 @@ class Comparison:
         return len(self.generations)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and column, the proof included; seconds are wall time."""
+        """One row per prompt and column, the proof included; seconds are wall time, when the column was generated.
+
+        `first_difference` counts tokens from 0, and is missing where there is none; `tie`: rounding could have made it.
+        """
         import pandas as pd
 
         rows = [
@@ -133,12 +143,16 @@ class Comparison:
                 "active_adapters": ", ".join(g.active_adapters),
                 "logit_shift": g.logit_shift,
                 "batched": g.batched,
+                "batch_size": g.batch_size,
+                "cached": g.cached,
+                "first_difference": g.first_difference,
+                "tie": g.tie,
                 "weights_digest": g.weights_digest,
                 "note": g.note,
             }
             for g in self.generations
         ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).astype({"first_difference": "Int64"} if rows else {})
 
     def tokens(self) -> pd.DataFrame:
         """One row per token: prompt_index, column, position, token, logprob, base_logprob.
@@ -293,6 +307,11 @@ def _generation(row: dict[str, Any]) -> Generation:
             raise TypeError(f"{key} is no text")
     values["logit_shift"] = math.nan if values["logit_shift"] is None else float(values["logit_shift"])
     generation = Generation(**values)
+    switches = (generation.batched, generation.cached, generation.tie)
+    if not all(isinstance(switch, bool) for switch in switches):
+        raise TypeError("batched, cached and tie are true or false")
+    if not isinstance(generation.first_difference, (int, type(None))) or not isinstance(generation.batch_size, int):
+        raise TypeError("first_difference and batch_size are whole numbers")
     if not all(isinstance(name, str) for name in (*generation.active_adapters, *generation.tokens)):
         raise TypeError("adapters and tokens are texts")
     numbers = (*generation.logprobs, *generation.leads, *generation.multipliers, generation.seconds)

@@ -1,9 +1,15 @@
-"""Which weights are these? Checksums of content, since a tensor's version counter misses most real edits."""
+"""Which weights are these? Checksums of content, since a tensor's version counter misses most real edits.
+
+Content goes through xxh3 (128 bits, as fast as memory is read), names and shapes and those checksums through blake2b.
+Nothing is remembered between calls: each one reads every byte anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,24 +17,91 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-_BLOCK = 1024  # int64 words in a row of the base's checksum
+_BLOCK = 1024  # int64 words in a row of the checksum of tensors that are not on the CPU
+_WORTH_THREADS = 8_000_000  # bytes; below, starting threads takes longer than reading
+_MOST_THREADS = 4  # memory, not arithmetic, is what limits more of them
+# In one of PEFT's layers: the base's module, and what does nothing outside training.
+_NOT_ITS_OWN = ("base_layer", "original_module", "lora_dropout")
 
 
 def adapter_digest(layers: Mapping[str, nn.Module], name: str) -> str:
-    """Hex digest of an adapter's own tensors and scalings; the adapter's name is no part of it.
+    """Hex digest of an adapter's own tensors, scalings and kinds of layer; the adapter's name is no part of it.
 
-    Every byte counts. `layers`: PEFT's layers by path. The base's weights inside them are left out.
+    Every byte counts, and how the values lie in memory does not. `layers`: PEFT's layers by path. The base's weights
+    inside them are left out.
     """
-    total = hashlib.blake2b(digest_size=16)
-    for path in sorted(layers):
-        layer: Any = layers[path]
-        for key, tensor in adapter_tensors(layer, name):
-            total.update(f"{path}|{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            total.update(_bytes(tensor))
-        scaling = getattr(layer, "scaling", None)
-        if isinstance(scaling, dict) and name in scaling:
-            total.update(f"{path}|scaling|{scaling[name]!r}|".encode())
-    return total.hexdigest()
+    return AdapterReader(layers, name).digest()
+
+
+class AdapterReader:
+    """Reads one adapter's weights again and again, as `adapter_digest` does.
+
+    Between two readings it remembers where tensors hang, which takes longer to find out than reading them, and never
+    what is in them. Each step of the way to each is looked at anew, so another module or parameter is found at once.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], name: str) -> None:
+        self.layers, self.name = layers, name
+        self._steps: list[_Step] = []
+        self._slots: list[tuple[dict[str, Any], str, str, bool]] = []  # table, key, what to call it, read by column
+        self._kinds: list[tuple[Any, Any]] = []  # dtype and shape in each slot, as last read
+        self._numbers: list[
+            tuple[dict[str, Any], str, Any]
+        ] = []  # a layer's attributes, its path, what was read of them
+        self._structure = b""
+
+    def digest(self) -> str:
+        """Hex digest of what the adapter is now."""
+        import xxhash
+
+        if not self._slots or not self._stands():
+            self._find()
+        content, kinds = xxhash.xxh3_128(), self._kinds
+        for place, (table, key, _, by_column) in enumerate(self._slots):
+            tensor = table[key]
+            dtype, shape = kinds[place]
+            if tensor.dtype is not dtype or tensor.shape != shape:
+                kinds[place], self._structure = (tensor.dtype, tensor.shape), b""
+            content.update(_values(tensor, by_column))
+        total = hashlib.blake2b(self._described(), digest_size=16)
+        total.update(content.digest())
+        return total.hexdigest()
+
+    def _described(self) -> bytes:
+        """Names, dtypes, shapes and numbers, as text."""
+        numbers = [(own, path, _numbers(own, self.name)) for own, path, _ in self._numbers]
+        if not self._structure or numbers != self._numbers:
+            self._numbers = numbers
+            texts = [f"{slot[2]}|{dtype}|{tuple(shape)}" for slot, (dtype, shape) in zip(self._slots, self._kinds)]
+            texts += [f"{path}|{read!r}" for _, path, read in numbers]
+            self._structure = "\n".join(texts).encode()
+        return self._structure
+
+    def _stands(self) -> bool:
+        for table, key, value, entries in self._steps:
+            if table.get(key) is not value or len(table) != entries:
+                return False
+        return all(table[key] is not None for table, key, _, _ in self._slots)
+
+    def _find(self) -> None:
+        self._steps, self._slots, self._numbers, self._structure = [], [], [], b""
+        for path in sorted(self.layers):
+            layer: Any = self.layers[path]
+            found: list[_Slot] = []
+            _find_owned(layer, self.name, "", found, self._steps)
+            # B is read column by column: so it lies in a batch's stacks, where its rows would have to be gathered
+            self._slots += [
+                (table, key, f"{path}|{label}", "lora_B." in label) for label, table, key in sorted(found, key=_label)
+            ]
+            self._numbers.append((layer.__dict__, path, None))
+        self._kinds = [(None, None)] * len(self._slots)
+
+
+def _numbers(own: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """What acts in a layer beside its tensors: the scaling, and whether IA3 scales what comes in or what goes out."""
+    scalings = own.get("scaling")
+    scaling = scalings.get(name) if isinstance(scalings, dict) else None
+    return scaling if isinstance(scaling, float) else repr(scaling), own.get("is_feedforward")
 
 
 def column_digest(parts: Iterable[tuple[float, str]]) -> str:
@@ -41,21 +114,50 @@ def column_digest(parts: Iterable[tuple[float, str]]) -> str:
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """Hex digest of bare tensors in their order, every byte."""
-    total = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        total.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(_bytes(tensor))
-    return total.hexdigest()
+    return _combined((str(place), tensor) for place, tensor in enumerate(tensors))
 
 
-def adapter_tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def adapter_tensors(layer: Any, name: str) -> list[tuple[str, Tensor]]:
     """The tensors that adapter `name` owns in one of PEFT's layers, keyed without the name, in a fixed order."""
-    own = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    for key in sorted(own):
-        words = key.split(".")
-        of_base = words[0] in ("base_layer", "original_module") or "base_layer" in words
-        if name in words and not of_base:
-            yield ".".join(word for word in words if word != name), own[key].detach()
+    found: list[_Slot] = []
+    _find_owned(layer, name, "", found, [])
+    return [(label, table[key]) for label, table, key in sorted(found, key=_label)]
+
+
+_Slot = tuple[str, dict[str, Any], str]  # what to call a tensor, and the table and key under which it hangs
+_Step = tuple[
+    dict[str, Any], str, Any, int
+]  # on the way to one: a table, a key, what hangs there, entries of the table
+_label = itemgetter(0)
+
+
+def _find_owned(module: Any, name: str, prefix: str, found: list[_Slot], steps: list[_Step]) -> None:
+    """PEFT keeps what adapters own in dicts by their names, the layer's own or those of layers inside it."""
+    for key, child in module._modules.items():
+        if child is None or (key in _NOT_ITS_OWN and not hasattr(type(child), "adapter_layer_names")):
+            continue
+        count, inner = len(found), child._modules
+        if name in inner:
+            steps.append((inner, name, inner[name], len(inner)))
+            _find_all(inner[name], f"{prefix}{key}.", found, steps)
+        elif inner:
+            _find_owned(child, name, f"{prefix}{key}.", found, steps)
+        tables = (child._parameters, child._buffers)
+        found.extend((prefix + key, table, name) for table in tables if table.get(name) is not None)
+        if len(found) > count:
+            steps.append((module._modules, key, child, len(module._modules)))
+
+
+def _find_all(module: Any, prefix: str, found: list[_Slot], steps: list[_Step]) -> None:
+    for table in (module._parameters, module._buffers):
+        if table:
+            found.extend((prefix + key, table, key) for key, tensor in table.items() if tensor is not None)
+            empty = [key for key, tensor in table.items() if tensor is None]
+            steps.extend((table, key, None, len(table)) for key in empty or [""])
+    for key, child in module._modules.items():
+        if child is not None:
+            steps.append((module._modules, key, child, len(module._modules)))
+            _find_all(child, f"{prefix}{key}.", found, steps)
 
 
 def file_digest(path: Path) -> str | None:
@@ -67,29 +169,46 @@ def file_digest(path: Path) -> str | None:
 
 
 def base_digest(model: nn.Module) -> str:
-    """Hex checksum of a bare model's weights, quantization statistics included.
+    """Hex checksum of a bare model's weights, quantization statistics included; tens of milliseconds for 538 MB.
 
-    Each tensor's bytes are laid in a grid, 1024 words wide; the sums of its rows and of its columns are hashed. Any
-    changed value is seen, and any exchange but one that keeps all those sums. Tens of milliseconds for 538 MB.
+    On the CPU every byte counts. On other devices each tensor's bytes are laid in a grid there, 1024 words wide, and
+    the sums of its rows and of its columns are hashed: any changed value is seen, and any exchange but one that keeps
+    all those sums. Weights that accelerate holds elsewhere (meta tensors) can't be read and count by shape only.
     """
-    total = hashlib.blake2b(digest_size=16)
-    statistics = {id(module.weight): module for module in model.modules() if type(module).__name__ == "Linear8bitLt"}
+    found: dict[int, tuple[list[str], Tensor, Any]] = {}  # tied tensors once, under all their names
+    for path, module in walk_modules(model):
+        quantised = module if type(module).__name__ == "Linear8bitLt" else None
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), ([], tensor, quantised))[0].append(f"{path}.{key}")
     # by name: PEFT's parametrised experts are registered anew after each forward, which changes their order
-    for key, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        for label, part in _with_statistics(key, tensor, statistics.get(id(tensor))):
-            total.update(f"{label}|{part.dtype}|{tuple(part.shape)}|".encode())
-            for sums in _block_sums(part):
-                total.update(sums)
-    return total.hexdigest()
+    named = sorted((("=".join(sorted(names)), tensor, layer) for names, tensor, layer in found.values()), key=_label)
+    return _combined(part for name, tensor, layer in named for part in _with_statistics(name, tensor, layer))
+
+
+def walk_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, by its path, as `named_modules` gives them but in a fraction of the time."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in found:
+            continue
+        found[id(module)] = (path, module)
+        before = f"{path}." if path else ""
+        waiting += [(before + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+    return list(found.values())
 
 
 def _with_statistics(key: str, tensor: Any, layer: Any) -> Iterator[tuple[str, Tensor]]:
     yield key, tensor.detach()
     state = getattr(tensor, "quant_state", None)
-    if state is not None:
-        yield f"{key}.absmax", state.absmax
-        if getattr(state, "state2", None) is not None:
-            yield f"{key}.nested_absmax", state.state2.absmax
+    for label, part in (("", state), ("nested_", getattr(state, "state2", None))):
+        for statistic in ("absmax", "code", "offset"):
+            value: Any = getattr(part, statistic, None)
+            if hasattr(value, "dtype"):
+                yield f"{key}.{label}{statistic}", value
     # bitsandbytes moves an 8-bit weight's row scales from the weight to the layer's state at its first forward
     scales = getattr(tensor, "SCB", None)
     if scales is None and layer is not None:
@@ -98,23 +217,76 @@ def _with_statistics(key: str, tensor: Any, layer: Any) -> Iterator[tuple[str, T
         yield f"{key}.SCB", scales
 
 
-def _block_sums(tensor: Tensor) -> Iterator[Any]:
+def _combined(labelled: Iterable[tuple[str, Tensor]]) -> str:
+    parts = list(labelled)
+    total = hashlib.blake2b(digest_size=16)
+    for (label, tensor), checksum in zip(parts, _checksums([tensor for _, tensor in parts])):
+        total.update(f"{label}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(checksum)
+    return total.hexdigest()
+
+
+def _checksums(tensors: Sequence[Tensor]) -> list[bytes]:
+    """One checksum for each tensor. Large ones are read by several threads, as many as torch may use here."""
     import torch
 
-    if tensor.device.type == "meta":
-        yield b"meta"  # offloaded by accelerate: not resident, so its content can't be read here
-        return
+    workers = min(_MOST_THREADS, torch.get_num_threads())
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    if workers == 1 or sum(sizes) < _WORTH_THREADS:
+        return [_checksum(tensor) for tensor in tensors]
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    loads = [0] * workers
+    for place in sorted(range(len(tensors)), key=lambda i: -sizes[i]):  # the largest first, to whom has least
+        share = loads.index(min(loads))
+        shares[share].append(place)
+        loads[share] += sizes[place]
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(lambda share: [_checksum(tensors[place]) for place in share], shares))
+    found = {place: checksum for share, checksums in zip(shares, done) for place, checksum in zip(share, checksums)}
+    return [found[place] for place in range(len(tensors))]
+
+
+def _checksum(tensor: Tensor) -> bytes:
+    import xxhash
+
+    if tensor.device.type in ("cpu", "meta"):
+        return xxhash.xxh3_128_digest(_values(tensor))
+    content = xxhash.xxh3_128()
+    for sums in _block_sums(tensor):
+        content.update(_values(sums))
+    return content.digest()
+
+
+def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
+    """Row sums, column sums and what is left over of the tensor's bytes, computed where it lies."""
+    import torch
+
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     whole = flat.numel() // (8 * _BLOCK) * (8 * _BLOCK)
     grid = flat[:whole].view(torch.int64).view(-1, _BLOCK)
-    for part in (grid.sum(dim=1), grid.sum(dim=0), flat[whole:]):
-        yield _bytes(part)
+    yield from (grid.sum(dim=1), grid.sum(dim=0), flat[whole:])
 
 
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor's content as a buffer, without a copy where it lies on the CPU."""
+def _values(tensor: Tensor, by_column: bool = False) -> Any:
+    """The tensor's content as a buffer, row by row (or column by column), without a copy where it lies so already."""
+    import numpy as np
+
+    if not tensor.is_cpu:
+        if tensor.is_meta:
+            return b"meta"
+        tensor = tensor.cpu()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    try:
+        array = tensor.numpy()
+    except TypeError:  # numpy has no bfloat16 and no 8-bit floats
+        array = tensor.view(_same_size(tensor)).numpy()
+    if by_column:
+        array = array.T
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _same_size(tensor: Tensor) -> Any:
     import torch
 
-    if tensor.device.type == "meta":
-        return b"meta"
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.circumstances import Keys
 from adapterlab.columns import Column
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
 from adapterlab.fingerprints import adapter_digest, base_digest, column_digest
+from adapterlab.finished import FinishedColumns, keep, recall, replay
+from adapterlab.linear import few_rows
+from adapterlab.methods import rank_of
 from adapterlab.notices import warn
 from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
 from adapterlab.sampling import Row, Sampler, make_decoder
 from adapterlab.settings import READ_THE_TEXT
+from adapterlab.ties import mark_differences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,25 +52,34 @@ class Run:
     on_token: OnToken | None
     about: dict[str, Any]
     digests: dict[str, str] = field(default_factory=dict)  # of the adapters that take part
+    finished: FinishedColumns = field(default_factory=FinishedColumns)
     references: dict[int, Tensor | None] = field(default_factory=dict)  # the base's first logits, by prompt
 
 
 def run_comparison(run: Run) -> Comparison:
     """Generate every column for every prompt. The lab's state, the model's mode and its config are afterwards as before."""
-    parts: list[Generation] = []
     with eval_mode(run.adapters.model), neutral_generation_config(run.adapters.model, run.tokenizer):
-        with run.adapters.using(None) as model:
+        with run.adapters.using(None) as model:  # around `replay` too: no callback may change the state
             base = base_digest(model)
-        if base != run.adapters.base_reference:
-            warn(
-                "The base's weights are no longer those that this lab opened: every column stands on the changed ones."
-            )
-        for group in plan_groups(run):
+            if base != run.adapters.base_reference:
+                warn(
+                    "The base's weights are no longer those that this lab opened: every column stands on the changed ones."
+                )
+            keys = Keys.of(run.adapters, run.tokenizer, run.settings, base, run.digests)
+            known = {} if keys is None else recall(run, keys)
+            parts = replay(run, known, lambda column, index: _Stream(run, index, column.label).put)
+        missing = [(c, i) for c in run.columns for i in range(len(run.prompts)) if (c, i) not in known]
+        for group in plan_groups(run, missing):
             if run.stop.is_set() and parts:
                 break
-            parts.extend(run_group(run, group, base))
+            made = run_group(run, group, base)
+            if keys is not None:
+                keep(run, keys, made)
+            parts.extend(made)
     order = {column.label: place for place, column in enumerate(run.columns)}
     parts.sort(key=lambda g: (g.prompt_index, order[g.column]))
+    dtype = str(run.adapters.model.dtype)
+    parts = mark_differences(parts, run.about["quantization"], dtype, run.settings.temperature)
     return Comparison(
         prompts=[prompt.given for prompt in run.prompts],
         rendered=[prompt.rendered for prompt in run.prompts],
@@ -87,45 +101,65 @@ class Group:
     note: str = ""
 
 
-def plan_groups(run: Run) -> list[Group]:
-    """All columns that can be rows of one batch, with as many prompts as the memory takes; then the others, in turn."""
+def plan_groups(run: Run, missing: Sequence[tuple[Column, int]] | None = None) -> list[Group]:
+    """Columns that can be rows of one batch, with as many prompts as the memory takes; then the others, in turn.
+
+    `missing`: what is to run, by default all. Columns that miss the same prompts share batches.
+    """
+    if missing is None:
+        missing = [(column, index) for column in run.columns for index in range(len(run.prompts))]
+    if not missing:
+        return []
+    wanted: dict[Column, tuple[int, ...]] = {}
+    for column, index in missing:
+        wanted[column] = (*wanted.get(column, ()), index)
     mounts = run.adapters.mounts
     blocked = model_obstacle(run.adapters.model)
-    reasons = {column: blocked or row_obstacle(mounts, column) for column in run.columns}
-    # Columns of one kind lie together, so that each layer's factors are one span: base, then scales, then factors.
-    together = sorted((c for c in run.columns if reasons[c] is None), key=lambda c: _kind(run, c))
-    groups = []
-    if together:
-        groups += [Group(tuple(together), prompts) for prompts in _prompt_batches(run, len(together))]
+    reasons = {column: blocked or row_obstacle(mounts, column) for column in wanted}
+    shared: dict[tuple[int, ...], list[Column]] = {}
+    for column in sorted((c for c in wanted if reasons[c] is None), key=lambda c: _row_order(run, c)):
+        shared.setdefault(wanted[column], []).append(column)
+    groups = [
+        Group(tuple(columns), prompts)
+        for indices, columns in shared.items()
+        for prompts in _prompt_batches(run, indices, len(columns))
+    ]
     for column, reason in reasons.items():
         if reason is not None:
             note = f"run in turn: {reason}"
-            groups.extend(Group((column,), (index,), False, note) for index in range(len(run.prompts)))
+            groups.extend(Group((column,), (index,), False, note) for index in wanted[column])
     return groups
 
 
-def _kind(run: Run, column: Column) -> int:
-    methods = {run.adapters.info(name).method for name in column.names}
-    return 0 if not methods else 1 if methods == {"IA3"} else 2
+def _row_order(run: Run, column: Column) -> tuple[int, ...]:
+    """Where a column stands in the batch: base, then scales, then factors, those that share a stack (stacks.py) in its
+    order, so that each layer reads few spans."""
+    mounted = [run.adapters.mounts.adapters[name] for name in column.names]
+    if not mounted:
+        return (0,)
+    if all(adapter.config.peft_type == "IA3" for adapter in mounted):
+        return (1,)
+    first = column.names[0]
+    return (2, len(mounted), rank_of(mounted[0].config) or 0, list(run.adapters.mounts.adapters).index(first))
 
 
-def _prompt_batches(run: Run, columns: int) -> list[tuple[int, ...]]:
-    """Prompts cut so that the KV cache of columns × prompts takes at most half of the free memory.
+def _prompt_batches(run: Run, indices: Sequence[int], columns: int) -> list[tuple[int, ...]]:
+    """These prompts cut so that the KV cache of columns × prompts takes at most half of the free memory.
 
     Processors such as repetition_penalty would read padding as text: with them, only prompts of one length share a batch.
     """
-    lengths = [len(prompt.ids) for prompt in run.prompts]
+    lengths = {index: len(run.prompts[index].ids) for index in indices}
     rows = max(
         1,
         int(
             0.5
             * free_memory(run.adapters.model)
-            // cache_bytes(run.adapters.model, max(lengths) + run.settings.max_new_tokens)
+            // cache_bytes(run.adapters.model, max(lengths.values()) + run.settings.max_new_tokens)
         ),
     )
     room = max(1, rows // columns)
     buckets: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
+    for index, length in lengths.items():
         buckets.setdefault(length if READ_THE_TEXT & set(run.settings.extra) else 0, []).append(index)
     return [tuple(b[i : i + room]) for b in buckets.values() for i in range(0, len(b), room)]
 
@@ -207,6 +241,7 @@ def _generation(
         logit_shift=0.0 if column.is_base else _shift(run, row, index),
         weights_digest=proof.digest,
         batched=group.batched and len(group.columns) * len(group.prompts) > 1,
+        batch_size=len(group.columns) * len(group.prompts) if group.batched else 1,
         note=group.note,
     )
 
@@ -228,14 +263,15 @@ def _decode(run: Run, prompts: list[Prompt], rows: list[Row], layout: Rows | Non
     settings = run.settings.for_generate()
     started = time.perf_counter()
     try:
-        model.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            use_cache=True,
-            custom_generate=make_decoder(rows, run.stop, layout),
-            stopping_criteria=_stop_strings(run.tokenizer, settings.pop("stop_strings", None)),
-            **settings,
-        )
+        with few_rows(model):
+            model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                use_cache=True,
+                custom_generate=make_decoder(rows, run.stop, layout),
+                stopping_criteria=_stop_strings(run.tokenizer, settings.pop("stop_strings", None)),
+                **settings,
+            )
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         if run.settings.extra and not any(row.token_ids for row in rows):
             extra = ", ".join(f"{name}={value!r}" for name, value in run.settings.extra.items())
@@ -283,7 +319,7 @@ def _shift(run: Run, row: Row, index: int) -> float:
     reference = run.references.get(index)
     if reference is None:
         reference = run.references[index] = _first_logits(run, run.prompts[index])
-    return float((row.first_logits - reference).abs().max())
+    return float((row.first_logits - reference.to(row.first_logits.device)).abs().max())
 
 
 def _first_logits(run: Run, prompt: Prompt) -> Tensor:

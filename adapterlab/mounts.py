@@ -48,10 +48,13 @@ class Mounts:
     """The adapters of one model and what is mounted in it now. Not thread-safe: the lab holds the lock."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from adapterlab.stacks import Stacks
+
         self.model: Any = model
         self.sites: dict[str, Site] = {}
         self.adapters: dict[str, Mounted] = {}
         self.column = Column()
+        self.stacks = Stacks()
         self._placed: dict[str, nn.Module] = {}
 
     def inject(self, config: PeftConfig, name: str, load: Callable[[Any], None] | None = None) -> Mounted:
@@ -91,10 +94,23 @@ class Mounts:
     def remove(self, name: str) -> None:
         """Forget the adapter; it must not be mounted. Sites that no other adapter uses go with it."""
         gone = self.adapters.pop(name)
+        self.release(name)
         used = {path for other in self.adapters.values() for path in other.layers}
         for path in gone.layers:
             if path not in used:
                 self.sites.pop(path, None)
+
+    def arrange(self, path: str) -> None:
+        """Let the adapters' factors at `path` lie side by side (stacks.py)."""
+        self.stacks.arrange(path, {n: m.layers[path] for n, m in self.adapters.items() if path in m.layers})
+
+    def release(self, name: str) -> None:
+        """Give an adapter that will be trained tensors of its own, or close the gap that a deleted one leaves."""
+        paths = {path for mounted in self.adapters.values() for path in mounted.layers}
+        self.stacks.release(
+            name,
+            {path: {n: m.layers[path] for n, m in self.adapters.items() if path in m.layers} for path in paths},
+        )
 
     def mount(self, column: Column) -> None:
         """Make `column` act on the model's next forward. The work grows with the layers swapped, not with the adapters."""

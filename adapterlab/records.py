@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from adapterlab.adapters import Adapters
+    from adapterlab.fingerprints import AdapterReader
     from adapterlab.hub import AdapterFiles
 
 
@@ -51,6 +52,7 @@ class Record:
     saved: str | None = None
     files: AdapterFiles | None = None
     file: str | None = None  # digest of the file it was loaded from
+    reader: AdapterReader | None = field(default=None, repr=False, compare=False)  # made at the first refresh
 
     @property
     def status(self) -> str:

@@ -71,8 +71,16 @@ def _text(generation: Generation, base: str | None) -> str:
 def _proof(generation: Generation) -> str:
     who = ", ".join(generation.active_adapters) or "no adapter"
     finish = _FINISH.get(generation.finish_reason, generation.finish_reason)
+    speed = f"{generation.tokens_per_second:.1f} a second" + (", from the cache" if generation.cached else "")
     return (
         f"acted: {escape(who)} · weights {escape(generation.weights_digest[:8])} · "
         f"largest logit change {generation.logit_shift:.3g}<br>"
-        f"{generation.new_tokens} tokens, {generation.tokens_per_second:.1f} a second, {escape(finish)}"
+        f"{generation.new_tokens} tokens, {speed}, {escape(finish)}{_difference(generation)}"
     )
+
+
+def _difference(generation: Generation) -> str:
+    if generation.first_difference is None:
+        return ""
+    tie = " (tie: rounding could have done it)" if generation.tie else ""
+    return f"<br>first leaves base at token {generation.first_difference + 1}{tie}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from adapterlab.fingerprints import column_digest, tensors_digest
 if TYPE_CHECKING:
     from adapterlab.columns import Column
     from adapterlab.mounts import Mounts
+    from adapterlab.stacks import Stack
 
 
 class RowsError(Exception):
@@ -32,34 +34,35 @@ class Rows:
     """The layout of one batch, column by column, and the layers that read it.
 
     columns: all of the batch; `live`: indices of those still in it. prompts: rows of each live column.
-    lengths: how many positions a row may have in one forward. weights: (path, A, B) stay PEFT's own where they can.
+    lengths: how many positions a row may have in one forward.
     """
 
     def __init__(self, mounts: Mounts, columns: Sequence[Column], prompts: int, lengths: set[int]) -> None:
         self.columns, self.prompts, self.lengths = list(columns), prompts, lengths
         self.live = list(range(len(self.columns)))
+        self._known: set[torch.Size] = set()  # shapes of inputs whose rows were told apart
         self.layers = self._build(mounts)
 
     @torch.no_grad()
     def _build(self, mounts: Mounts) -> dict[str, RowLayer]:
+        names = {name for column in self.columns for name in column.names}
         layers = {}
-        paths = {path for column in self.columns for name in column.names for path in mounts.adapters[name].layers}
-        for path in sorted(paths):
-            terms = [
-                [
-                    compute_term(mounts.adapters[name].layers[path], name, multiplier)
-                    for name, multiplier in column.parts
-                    if path in mounts.adapters[name].layers
-                ]
+        for path in sorted({path for name in names for path in mounts.adapters[name].layers}):
+            here = {name: mounts.adapters[name].layers[path] for name in names if path in mounts.adapters[name].layers}
+            if len(here) > 1:
+                mounts.arrange(path)
+            places = {name: _find(mounts, path, layer, name) for name, layer in here.items()}
+            parts = [
+                [Part(compute_term(here[name], name, m), *places[name]) for name, m in column.parts if name in here]
                 for column in self.columns
             ]
-            layers[path] = RowLayer(self, mounts.sites[path].original, terms)
+            layers[path] = RowLayer(self, mounts.sites[path].original, parts)
         return layers
 
     def keep(self, done: Sequence[bool]) -> list[int] | None:
         """Which rows of the batch stay, given which are done; None for all. Whole columns and whole prompts leave.
 
-        Call `select` with the same flags' result applied to the model's cache and inputs.
+        The caller leaves the same rows in the model's cache and inputs. Nothing is copied here but vectors.
         """
         count = self.prompts
         grid = [list(done[i * count : (i + 1) * count]) for i in range(len(self.live))]
@@ -67,38 +70,42 @@ class Rows:
         prompts = [j for j in range(count) if not all(row[j] for row in grid)]
         if len(columns) == len(self.live) and len(prompts) == count:
             return None
+        if len(columns) < len(self.live):
+            for layer in self.layers.values():
+                layer.select(columns)
         self.live, self.prompts = [self.live[i] for i in columns], len(prompts)
-        for layer in self.layers.values():
-            layer.select(columns)
+        self._known.clear()
         return [i * count + j for i in columns for j in prompts]
 
     def split(self, x: Tensor) -> Tensor:
         """x as (columns, prompts · positions, features); raises `RowsError` where the rows can't be told apart."""
-        rows = len(self.live) * self.prompts
-        positions, rest = divmod(x[..., 0].numel(), rows)
-        if rest or positions not in self.lengths or (x.dim() > 2 and x.shape[0] != rows):
-            raise RowsError(f"an input of shape {tuple(x.shape)} does not hold {rows} rows")
+        if x.shape not in self._known:
+            rows = len(self.live) * self.prompts
+            positions, rest = divmod(x.numel() // x.shape[-1], rows)
+            if rest or positions not in self.lengths or (x.dim() > 2 and x.shape[0] != rows):
+                raise RowsError(f"an input of shape {tuple(x.shape)} does not hold {rows} rows")
+            self._known.add(x.shape)
         return x.reshape(len(self.live), -1, x.shape[-1])
 
     @torch.no_grad()
     def proof(self, place: int, mounts: Mounts, base: str, digests: Mapping[str, str]) -> tuple[dict[str, float], str]:
         """Who acts in column `place`, and the digest of the tensors its rows will really read.
 
-        The stacks are compared with the adapters' own tensors: where they are equal, the adapters' `digests` stand for
-        them; where somebody exchanged or changed them, their own content is hashed, which equals nobody's.
+        What the layers hold is compared with the adapters' own tensors: where it is theirs, the adapters' `digests`
+        stand for it; where somebody exchanged or changed it, its content is hashed, which equals nobody's.
         """
         column = self.columns[place]
         if column.is_base:
-            touched = [path for path, layer in self.layers.items() if layer.acts(place)]
-            return ({}, base) if not touched else ({"?": 1.0}, self._stacked_digest(place))
+            touched = [path for path, layer in self.layers.items() if not layer.holds(place, [])]
+            return ({}, base) if not touched else ({"?": 1.0}, self._own_digest(place))
         parts = [(m, mounts.adapters[name].layers, name) for name, m in column.parts]
         for path, layer in self.layers.items():
             terms = [compute_term(layers[path], name, m) for m, layers, name in parts if path in layers]
             if not layer.holds(place, terms):
-                return column.as_dict(), self._stacked_digest(place)
+                return column.as_dict(), self._own_digest(place)
         return column.as_dict(), column_digest((m, digests[name]) for name, m in column.parts)
 
-    def _stacked_digest(self, place: int) -> str:
+    def _own_digest(self, place: int) -> str:
         return tensors_digest(tensor for path in sorted(self.layers) for tensor in self.layers[path].own(place))
 
     @contextlib.contextmanager
@@ -115,21 +122,54 @@ class Rows:
                 site.parent._modules[site.child] = site.original
 
 
+@dataclass
+class Part:
+    """One adapter's term in one column, and where its factors lie: `stack`, None if it has none, and the place in it."""
+
+    term: Term
+    stack: Stack | None = None
+    place: int = 0
+
+
+def _find(mounts: Mounts, path: str, layer: Any, name: str) -> tuple[Stack | None, int]:
+    term = compute_term(layer, name, 1.0)
+    return mounts.stacks.find(path, name, term) if term.A is not None and len(term.A) else (None, 0)
+
+
+@dataclass
+class Span:
+    """Neighbouring columns whose factors lie evenly in one stack: both are slices, and nothing is copied.
+
+    A: (n, r, in), B: (n, r, out); e: a number for all, or (n, 1, 1 or r).
+    """
+
+    first: int
+    A: Tensor
+    B: Tensor
+    e: float | Tensor
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.A)
+
+
 class RowLayer(nn.Module):
     """Stands in for one module of the base while a batch runs; `weight` and `bias` are the base module's."""
 
     rows: Rows
     base_layer: nn.Module
 
-    def __init__(self, rows: Rows, base_layer: nn.Module, terms: list[list[Term]]) -> None:
+    def __init__(self, rows: Rows, base_layer: nn.Module, parts: list[list[Part]]) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
+        self.parts = parts  # of the live columns
         object.__setattr__(self, "rows", rows)
+        terms = [[part.term for part in column] for column in parts]
         self.s_in = _stack([[t.s_in for t in column if t.s_in is not None] for column in terms], 1.0, Tensor.mul_)
         self.s_out = _stack([[t.s_out for t in column if t.s_out is not None] for column in terms], 1.0, Tensor.mul_)
         self.extra = _stack([[t.bias for t in column if t.bias is not None] for column in terms], 0.0, Tensor.add_)
-        self.low = _stack_factors([[t for t in column if t.A is not None] for column in terms])
+        self.spans = _spans(parts)
 
     @property
     def weight(self) -> Any:
@@ -145,45 +185,44 @@ class RowLayer(nn.Module):
         for name in ("s_in", "s_out", "extra"):
             stack = getattr(self, name)
             setattr(self, name, None if stack is None else stack[columns])
-        if self.low is not None:
-            first, A, e, B = self.low
-            inside = [i for i in columns if first <= i < first + len(A)]
-            picked = [i - first for i in inside]
-            where = columns.index(inside[0]) if inside else 0
-            self.low = (where, A[picked], e[picked], B[picked]) if inside else None
+        self.parts = [self.parts[i] for i in columns]
+        self.spans = _spans(self.parts)
 
     def own(self, place: int) -> list[Tensor]:
         """What column `place` has here: its scales, its bias, and its factors A, e, B; ones and zeros included."""
         found = [stack[place] for stack in (self.s_in, self.s_out, self.extra) if stack is not None]
-        if self.low is not None and 0 <= place - self.low[0] < len(self.low[1]):
-            found += [stack[place - self.low[0]] for stack in self.low[1:]]
+        for A, e, B in self._factors(place):
+            found += [A, torch.as_tensor(e), B]
         return found
 
-    def acts(self, place: int) -> bool:
-        """Whether anything here changes column `place`."""
-        return not self.holds(place, [])
+    def _factors(self, place: int) -> list[tuple[Tensor, float | Tensor, Tensor]]:
+        """(A, e, B) of each span that column `place` is in, as the forward reads them."""
+        found = []
+        for span in self.spans:
+            if span.first <= place < span.end:
+                i = place - span.first
+                e = span.e if isinstance(span.e, float) else span.e[i, 0]
+                found.append((span.A[i], e, span.B[i]))
+        return found
 
     def holds(self, place: int, terms: list[Term]) -> bool:
         """Whether column `place` has exactly these terms here."""
-        alone = RowLayer(self.rows, self.base_layer, [terms])
-        pairs = [(self.s_in, alone.s_in, 1.0), (self.s_out, alone.s_out, 1.0), (self.extra, alone.extra, 0.0)]
-        for mine, theirs, neutral in pairs:
-            have = None if mine is None else mine[place]
-            want = None if theirs is None else theirs[0]
-            if not _same(have, want, neutral):
+        for stack, vectors, neutral, join in (
+            (self.s_in, [t.s_in for t in terms if t.s_in is not None], 1.0, Tensor.mul_),
+            (self.s_out, [t.s_out for t in terms if t.s_out is not None], 1.0, Tensor.mul_),
+            (self.extra, [t.bias for t in terms if t.bias is not None], 0.0, Tensor.add_),
+        ):
+            if stack is None and not vectors:
+                continue
+            want = _stack([vectors], neutral, join)
+            have = None if stack is None else stack[place]
+            if have is None or not (bool((have == neutral).all()) if want is None else torch.equal(have, want[0])):
                 return False
-        inside = self.low is not None and 0 <= place - self.low[0] < len(self.low[1])
-        have_low = [stack[place - self.low[0]] for stack in self.low[1:]] if inside and self.low is not None else None
-        if alone.low is None:
-            return have_low is None or not bool((have_low[1] != 0).any())
-        if have_low is None:
-            return False
-        A, e, B = (stack[0] for stack in alone.low[1:])
-        r = A.shape[0]
-        fits = (
-            torch.equal(have_low[0][:r], A) and torch.equal(have_low[1][:, :r], e) and torch.equal(have_low[2][:r], B)
+        factors = [term for term in terms if term.A is not None and len(term.A)]
+        have_factors = self._factors(place)
+        return len(factors) == len(have_factors) and all(
+            _is_term(term, *found) for term, found in zip(factors, have_factors)
         )
-        return fits and not bool((have_low[1][:, r:] != 0).any())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows.split(x)
@@ -192,25 +231,23 @@ class RowLayer(nn.Module):
         if not y.is_contiguous():
             y = y.contiguous()
         out = y.view(len(rows), -1, y.shape[-1])
-        if self.low is not None:
-            first, A, e, B = self.low
-            part, mine = out[first : first + len(A)], rows[first : first + len(A)]
-            low = torch.bmm(mine.to(A.dtype), A.mT).mul_(e)
-            if part.dtype == low.dtype:
-                part.baddbmm_(low, B)
+        for span in self.spans:
+            part, mine = out[span.first : span.end], rows[span.first : span.end]
+            low = torch.bmm(mine.to(span.A.dtype), span.A.mT)
+            alpha = 1.0
+            if isinstance(span.e, float):
+                alpha = span.e
             else:
-                part.copy_(part + torch.bmm(low, B))
+                low.mul_(span.e)
+            if part.dtype == low.dtype:
+                part.baddbmm_(low, span.B, alpha=alpha)
+            else:
+                part.copy_(part + torch.bmm(low, span.B) * alpha)
         if self.s_out is not None:
             out.mul_(self.s_out)
         if self.extra is not None:
             out.add_(self.extra)
         return y
-
-
-def _same(have: Tensor | None, want: Tensor | None, neutral: float) -> bool:
-    if have is None:
-        return want is None
-    return bool((have == neutral).all()) if want is None else torch.equal(have, want)
 
 
 def _stack(columns: list[list[Tensor]], neutral: float, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
@@ -225,45 +262,62 @@ def _stack(columns: list[list[Tensor]], neutral: float, join: Callable[[Tensor, 
     return stack
 
 
-def _stack_factors(columns: list[list[Term]]) -> tuple[int, Tensor, Tensor, Tensor] | None:
-    """(first column, A: (n, r, in), e: (n, 1, r), B: (n, r, out)) for the span of columns that have any.
-
-    B lies transposed: a batch of vectors times it is what a CPU does fastest. Ranks are padded with zeros to the largest;
-    a blend's factors lie behind one another. One adapter at several multipliers is spread without a copy.
-    """
-    having = [i for i, column in enumerate(columns) if column]
-    if not having:
-        return None
-    span = columns[having[0] : having[-1] + 1]
-    ranks = [sum(_rank(term) for term in column) for column in span]
-    like = columns[having[0]][0]
-    assert like.A is not None  # `columns` holds terms with factors only
-    assert like.B is not None
-    n, r = len(span), max(ranks)
-    e = torch.zeros(n, 1, r, dtype=like.A.dtype, device=like.A.device)
-    for i, column in enumerate(span):
-        at = 0
-        for term in column:
-            e[i, 0, at : at + _rank(term)] = term.e
-            at += _rank(term)
-    shared = {(id(term.A), id(term.B)) for column in span for term in column}
-    if len(shared) == 1 and all(len(column) == 1 for column in span):
-        return having[0], like.A.detach().expand(n, -1, -1), e, like.B.detach().T.expand(n, -1, -1)
-    A = torch.zeros(n, r, like.A.shape[1], dtype=like.A.dtype, device=like.A.device)
-    B = torch.zeros(n, r, like.B.shape[0], dtype=like.B.dtype, device=like.B.device)
-    for i, column in enumerate(span):
-        at = 0
-        for term in column:
-            r = _rank(term)
-            A[i, at : at + r].copy_(term.A)  # type: ignore[arg-type]
-            B[i, at : at + r].copy_(term.B.T)  # type: ignore[union-attr]
-            at += r
-    return having[0], A, e, B
+def _spans(columns: list[list[Part]]) -> list[Span]:
+    """As few spans as hold every column's factors. One adapter at several multipliers is one place, spread."""
+    having = [[part for part in column if part.stack is not None] for column in columns]
+    spans = []
+    for depth in range(max(map(len, having), default=0)):
+        run: list[Part] = []
+        for i, column in enumerate([*having, []]):
+            part = column[depth] if depth < len(column) else None
+            if run and (part is None or not _goes_on(run, part)):
+                spans.append(_span(i - len(run), run))
+                run = []
+            if part is not None:
+                run.append(part)
+    return spans
 
 
-def _rank(term: Term) -> int:
-    assert term.A is not None  # only terms with factors are asked
-    return term.A.shape[0]
+def _goes_on(run: list[Part], part: Part) -> bool:
+    step = part.place - run[-1].place
+    return part.stack is run[-1].stack and step >= 0 and (len(run) < 2 or step == run[-1].place - run[-2].place)
+
+
+def _span(first: int, run: list[Part]) -> Span:
+    stack = run[0].stack
+    assert stack is not None  # `_spans` takes parts with factors only
+    step = run[-1].place - run[-2].place if len(run) > 1 else 1
+    if step:
+        places = slice(run[0].place, run[-1].place + 1, step)
+        A, B = stack.A[places], stack.B[places]
+    else:
+        A, B = (side[run[0].place].expand(len(run), -1, -1) for side in (stack.A, stack.B))
+    numbers = [part.term.e for part in run]
+    if all(isinstance(e, float) and e == numbers[0] for e in numbers):
+        return Span(first, A, B, float(numbers[0]))
+    e = A.new_zeros(len(run), 1, A.shape[1])
+    for row, part in zip(e, run):
+        assert part.term.A is not None  # it has factors
+        row[0, : len(part.term.A)] = part.term.e
+    return Span(first, A, B, e)
+
+
+def _is_term(term: Term, A: Tensor, e: float | Tensor, B: Tensor) -> bool:
+    """Whether these factors, as a span holds them, are the term's: the same memory, or the same values."""
+    assert term.A is not None  # the caller asked
+    assert term.B is not None
+    r = len(term.A)
+    if isinstance(e, float):
+        scaled = e == term.e if isinstance(term.e, float) else False
+    else:
+        scaled = torch.equal(e[:r], torch.as_tensor(term.e, dtype=e.dtype, device=e.device).expand(r))
+    padding = A[r:].any() & B[r:].any() if len(A) > r else False
+    return scaled and not bool(padding) and _same(A[:r], term.A) and _same(B[:r], term.B.T)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    same_memory = a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    return same_memory or torch.equal(a, b)
 
 
 def row_obstacle(mounts: Mounts, column: Column) -> str | None:

@@ -99,6 +99,9 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
     ) -> Tensor:
         import torch
 
+        from adapterlab.kvcache import let_grow
+
+        let_grow(model_kwargs.get("past_key_values"))
         eos = generation_config._eos_token_tensor
         ends = set() if eos is None else set(eos.flatten().tolist())
         is_encoder_decoder = model.config.is_encoder_decoder

@@ -14,8 +14,9 @@ import adapterlab
 
 HOUSE = Path(adapterlab.__file__).parent
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "ipywidgets", "matplotlib", "pandas"}
-# An nn.Module subclass needs torch where it is written; nobody imports this module before a model is there.
-NEEDS_TORCH = {"equation.py", "rows.py"}
+# Subclasses of torch's and transformers' classes need them where they are written; nobody imports these before a model
+# is there.
+NEEDS_TORCH = {"equation.py", "kvcache.py", "linear.py", "rows.py", "stacks.py"}
 
 
 def modules() -> list[Path]:

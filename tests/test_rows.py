@@ -69,15 +69,11 @@ def test_a_sweep_of_one_adapter_stacks_nothing(full_lab: AdapterLab) -> None:
 
     columns = [Column(), *(Column.of({"pirate": m}) for m in (0.5, 1.0, 1.5))]
     rows = Rows(full_lab._adapters.mounts, columns, 1, {1})
-    own = {
-        p.data_ptr()
-        for _, p in full_lab._adapters.mounts.adapters["pirate"]
-        .layers["model.layers.0.self_attn.q_proj"]
-        .named_parameters()
-    }
-    low = rows.layers["model.layers.0.self_attn.q_proj"].low
-    assert low is not None
-    assert {low[1].data_ptr(), low[3].data_ptr()} <= own
+    layer = full_lab._adapters.mounts.adapters["pirate"].layers["model.layers.0.self_attn.q_proj"]
+    own = {p.data_ptr() for _, p in layer.named_parameters()}
+    (span,) = rows.layers["model.layers.0.self_attn.q_proj"].spans
+    assert len(span.A) == 3
+    assert {span.A.data_ptr(), span.B.data_ptr()} <= own
 
 
 def test_finished_columns_and_prompts_leave_the_batch(full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +104,7 @@ def test_the_cut_into_batches_changes_no_text(full_lab: AdapterLab, monkeypatch:
     settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 4}
     together = full_lab.compare(prompts, ["pirate", None, "poet"], **settings)
     monkeypatch.setattr(generation, "free_memory", lambda model: 0)
+    full_lab.clear_cache()
     cut = full_lab.compare(prompts, ["pirate", None, "poet"], **settings)
     assert [g.token_ids for g in cut.generations] == [g.token_ids for g in together.generations]
 
@@ -127,12 +124,12 @@ def test_exchanged_rows_are_noticed_by_digest_and_verify(
     def mixed_up(self: Rows, mounts: Any) -> Any:
         layers = build(self, mounts)
         for layer in layers.values():
-            assert layer.low is not None
-            first, A, e, B = layer.low
-            layer.low = (first, A.flip(0), e, B.flip(0))
+            (span,) = layer.spans
+            span.A, span.B = span.A.flip(0), span.B.flip(0)
         return layers
 
     monkeypatch.setattr(Rows, "_build", mixed_up)
+    lab.clear_cache()
     swapped = lab.compare("Hello", max_new_tokens=6)
     assert swapped["left"].text == honest["right"].text, "the swap really changed who speaks"
     assert swapped["left"].weights_digest not in {g.weights_digest for g in honest.generations}
@@ -148,6 +145,7 @@ def test_rows_that_can_not_be_told_apart_run_in_turn(full_lab: AdapterLab, monke
         raise RowsError("an input of another shape")
 
     monkeypatch.setattr(Rows, "split", lost)
+    full_lab.clear_cache()
     alone = full_lab.compare("Hello", [None, "pirate"], max_new_tokens=4)
     assert [g.token_ids for g in alone.generations] == [g.token_ids for g in expected.generations]
     assert alone["pirate"].note == "run in turn: an input of another shape"

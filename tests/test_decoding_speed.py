@@ -1,0 +1,125 @@
+"""What makes a decoding step quick changes no value: the turned product, and keys and values that grow in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import standins
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from adapterlab import linear
+from adapterlab.kvcache import GrowingLayer, let_grow
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_choices", {})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 300), (3, 1, 300), (2, 4, 300), (1, 1, 300)])
+def test_all_products_give_what_the_layer_gives(
+    bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    layer = nn.Linear(300, 400, bias=bias)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = layer(x)
+        with linear.few_rows(layer):
+            found = [layer(x) for _ in range(3 * linear._TRIES + 1)]  # each product is tried, then one is chosen
+    (choice,) = linear._choices.values()
+    products = [linear.usual, linear.turned, linear.shared_out]
+    assert {product: len(times) for product, times in choice.times.items()} == dict.fromkeys(products, linear._TRIES)
+    assert choice.best in products
+    for y in found:
+        assert y.shape == expected.shape
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_quicker_product_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 22.0, 30.0, 31.0, 40.0, 42.0, 50.0, 51.0])
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: next(clock))
+    choice = linear.Choice([linear.usual, linear.turned])
+    for _ in range(2 * linear._TRIES):
+        choice.multiply(torch.randn(2, 3), torch.randn(4, 3))
+    assert choice.best is linear.turned  # 1 s each, and the usual one 2 s
+
+
+def test_a_weight_is_shared_out_only_where_that_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert linear.shared_out in linear.products_for(torch.randn(4, 3))
+    assert linear.shared_out not in linear.products_for(torch.randn(5, 3))
+    assert linear.shared_out not in linear.products_for(torch.randn(3, 4).T)
+
+
+def test_layers_are_afterwards_as_they_were_and_some_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleList([nn.Linear(300, 400), nn.Linear(4, 4), Own(300, 400), nn.Linear(300, 400)])
+    somebodys = lambda x: x  # noqa: E731
+    model[3].forward = somebodys  # type: ignore[method-assign]
+
+    def fail_inside() -> None:
+        with linear.few_rows(model):
+            assert ["forward" in layer.__dict__ for layer in model] == [True, False, False, True]
+            assert model[3].forward is somebodys
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert ["forward" in layer.__dict__ for layer in model] == [False, False, False, True]
+
+
+def test_growing_layers_hold_what_transformers_own_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterlab.kvcache._ROOM", 3)
+    model = standins.tiny_llama().eval()
+    ids = torch.randint(3, 60, (3, 5))
+    plain, growing = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    let_grow(growing)
+    assert all(type(layer) is GrowingLayer for layer in growing.layers)
+    keep = {2: torch.tensor([0, 2]), 7: torch.tensor([1])}
+    with torch.no_grad():
+        for step in range(12):
+            outputs: list[Any] = [model(ids, past_key_values=cache) for cache in (plain, growing)]
+            torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=0, atol=1e-6)
+            ids = outputs[0].logits[:, -1:].argmax(-1)
+            if step in keep:
+                index = keep[step]
+                plain.batch_select_indices(index)
+                growing.batch_select_indices(index)
+                ids = ids[index]
+    for mine, theirs in zip(growing.layers, plain.layers):
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        torch.testing.assert_close(mine.values, theirs.values)
+    assert growing.get_seq_length() == plain.get_seq_length() == 16
+
+
+def test_a_token_is_appended_without_copying_the_text() -> None:
+    layer = GrowingLayer()
+    layer.update(torch.randn(2, 4, 10, 8), torch.randn(2, 4, 10, 8))
+    lying = layer.keys.data_ptr()
+    for _ in range(100):
+        keys, values = layer.update(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
+    assert keys.data_ptr() == lying
+    assert keys.shape == values.shape == (2, 4, 110, 8)
+
+
+def test_a_cache_that_holds_text_or_is_of_another_kind_is_left_alone() -> None:
+    from transformers import StaticCache
+
+    model = standins.tiny_llama().eval()
+    used = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), past_key_values=used)
+    before = list(used.layers)
+    static = StaticCache(config=model.config, max_cache_len=8)
+    for cache in (used, static, None):
+        let_grow(cache)
+    assert used.layers == before
+    assert not any(isinstance(layer, GrowingLayer) for layer in static.layers)

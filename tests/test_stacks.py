@@ -1,0 +1,123 @@
+"""The stacks are the adapters: what lies in them, when they are made again, and what that leaves of the parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standins
+import torch
+from peft import LoraConfig, PeftModel
+
+from adapterlab import AdapterLab
+
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+def factors(lab: AdapterLab, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    layer: Any = lab._adapters.mounts.adapters[name].layers[PATH]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def storages(lab: AdapterLab, name: str) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in factors(lab, name)}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> AdapterLab:
+    lab = AdapterLab(standins.tiny_llama(), tokenizer=standins.tiny_tokenizer())
+    for seed, name in enumerate(["a", "b", "c"], start=1):
+        config = LoraConfig(r=4, lora_alpha=seed, target_modules=["q_proj", "down_proj"])
+        lab.load_adapter(standins.write_adapter(tmp_path / name, standins.tiny_llama(), config, seed=seed), name)
+    return lab
+
+
+def test_a_batch_moves_the_parameters_into_stacks_and_keeps_their_values(three: AdapterLab) -> None:
+    before = {name: [p.detach().clone() for p in factors(three, name)] for name in "abc"}
+    parameters = {name: factors(three, name) for name in "abc"}
+    three.compare("Hello", max_new_tokens=2)
+    assert storages(three, "a") == storages(three, "b") == storages(three, "c")
+    for name in "abc":
+        assert all(now is then for now, then in zip(factors(three, name), parameters[name]))
+        assert all(torch.equal(now, then) for now, then in zip(factors(three, name), before[name]))
+
+
+def test_nothing_is_stacked_again_while_nothing_changes(three: AdapterLab) -> None:
+    three.compare("Hello", max_new_tokens=2)
+    lying = storages(three, "a")
+    three.compare("Hello again", [None, "c", {"a": 0.5}], max_new_tokens=2)
+    three.set_adapter("b")
+    three.compare("And again", ["b", "a"], max_new_tokens=2)
+    assert storages(three, "a") == storages(three, "b") == storages(three, "c") == lying
+
+
+def test_a_column_alone_is_not_stacked(three: AdapterLab) -> None:
+    lying = {name: storages(three, name) for name in "abc"}
+    three.compare("Hello", [None, "b", {"b": 2}], max_new_tokens=2)
+    assert {name: storages(three, name) for name in "abc"} == lying
+
+
+def test_the_trainable_adapter_keeps_tensors_of_its_own(three: AdapterLab) -> None:
+    three.compare("Hello", max_new_tokens=2)
+    three.set_trainable("b")
+    for p in factors(three, "b"):
+        assert p.is_contiguous()
+        assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    expected = three.compare("Hello", max_new_tokens=4)
+    assert storages(three, "a") == storages(three, "c")
+    assert storages(three, "b").isdisjoint(storages(three, "a"))
+    assert three.verify(expected)["agrees"].all()
+
+
+def test_deleting_frees_the_place(three: AdapterLab) -> None:
+    three.compare("Hello", max_new_tokens=2)
+    size = {p.untyped_storage().nbytes() for p in factors(three, "a")}
+    three.delete_adapter("b")
+    assert storages(three, "a") == storages(three, "c")
+    assert {p.untyped_storage().nbytes() for p in factors(three, "a")} == {n * 2 // 3 for n in size}
+    three.delete_adapter("a")
+    for p in factors(three, "c"):
+        assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    assert three._adapters.mounts.stacks._at == {}
+
+
+def test_tensors_put_in_by_hand_are_what_speaks(three: AdapterLab, tmp_path: Path) -> None:
+    three.compare("Hello", max_new_tokens=4)
+    A, _ = factors(three, "b")
+    A.data = torch.randn_like(A)
+    generation = three.compare("Hello", max_new_tokens=4)["b"]
+    plain: Any = PeftModel.from_pretrained(standins.tiny_llama(), tmp_path / "b").eval()
+    plain.get_submodule(f"base_model.model.{PATH}").lora_A["default"].weight.data.copy_(A)
+    ids = torch.tensor([three.last.prompt_ids[0]])  # type: ignore[union-attr]
+    out = plain.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert list(generation.token_ids) == out[0, ids.shape[1] :].tolist()
+
+
+def test_ranks_far_apart_do_not_pad_each_other(tmp_path: Path) -> None:
+    lab = AdapterLab(standins.tiny_llama(), tokenizer=standins.tiny_tokenizer())
+    ranks = {"a": 2, "b": 8, "c": 7, "d": 2}
+    for seed, (name, r) in enumerate(ranks.items(), start=1):
+        config = LoraConfig(r=r, target_modules=["q_proj"])
+        lab.load_adapter(standins.write_adapter(tmp_path / name, standins.tiny_llama(), config, seed=seed), name)
+    comparison = lab.compare("Hello", max_new_tokens=3)
+    assert storages(lab, "a") == storages(lab, "d")
+    assert storages(lab, "b") == storages(lab, "c")
+    assert storages(lab, "a").isdisjoint(storages(lab, "b"))
+    held = sum(p.untyped_storage().nbytes() for name in ("a", "b") for p in factors(lab, name))
+    own = sum(p.numel() * p.element_size() for name in ranks for p in factors(lab, name))
+    assert held <= 1.25 * own
+    assert lab.verify(comparison)["agrees"].all()
+
+
+def test_a_stacked_adapter_is_saved_as_plain_peft_reads_it(three: AdapterLab, tmp_path: Path) -> None:
+    three.compare("Hello", max_new_tokens=2)
+    three.save_adapter("b", tmp_path / "saved")
+    three.set_adapter("c")
+    three.model.save_pretrained(tmp_path / "native")
+    for folder, name in (("saved", "b"), ("native", "c")):
+        again: Any = PeftModel.from_pretrained(standins.tiny_llama(), tmp_path / folder)
+        layer = again.get_submodule(f"base_model.model.{PATH}")
+        for mine, theirs in zip(factors(three, name), (layer.lora_A["default"], layer.lora_B["default"])):
+            assert torch.equal(mine, theirs.weight)
+        assert (tmp_path / folder / "adapter_model.safetensors").stat().st_size < 20_000
