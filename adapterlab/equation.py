@@ -6,6 +6,8 @@ LoRA (Hu et al. 2021), AdaLoRA (Zhang et al. 2023) and IA3 (Liu et al. 2022) are
 
 with e = m·scaling for LoRA, m·λ·alpha/(ranknum + 1e-5) for AdaLoRA, and s = 1 + m(s − 1) for IA3, where m is the
 multiplier. The bias inside W's module is scaled by s_out as PEFT's IA3 does; `lora_bias` adds m·scaling·b_B outside.
+DoRA (Liu et al. 2024) is LoRA with s_out = magnitude / ‖W + ΔW‖, row by row; it leaves the module's bias b alone, so its c
+is b − s_out ⊙ b. It can't be scaled or blended.
 """
 
 from __future__ import annotations
@@ -56,6 +58,20 @@ def blend_obstacle(layer: nn.Module, name: str) -> str | None:
     return None
 
 
+def factors(layer: Any, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A: (r, in) and B: (out, r) of adapter `name` in one of PEFT's LoRA-like layers, the parameters themselves."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.lora.layer import LoraLayer
+
+    if not isinstance(layer, LoraLayer):
+        return None, None
+    if isinstance(layer, AdaLoraLayer):
+        return layer.lora_A[name], layer.lora_B[name]
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
 def compute_term(layer: Any, name: str, multiplier: float) -> Term:
     """The term of adapter `name` in one of PEFT's tuner layers; nothing is copied but IA3's scaled vector."""
     from peft.tuners.adalora.layer import AdaLoraLayer
@@ -64,19 +80,40 @@ def compute_term(layer: Any, name: str, multiplier: float) -> Term:
     if isinstance(layer, IA3Layer):
         scale = 1 + multiplier * (layer.ia3_l[name].flatten() - 1)
         return Term(s_in=scale) if layer.is_feedforward else Term(s_out=scale)
+    A, B = factors(layer, name)
     if isinstance(layer, AdaLoraLayer):
         share = multiplier * layer.scaling[name] / (layer.ranknum[name] + 1e-5)
-        return Term(A=layer.lora_A[name], B=layer.lora_B[name], e=layer.lora_E[name].flatten() * share)
+        return Term(A, B, layer.lora_E[name].flatten() * share)
     scaling = multiplier * layer.scaling[name]
-    if name in layer.lora_embedding_A:
-        return Term(A=layer.lora_embedding_A[name], B=layer.lora_embedding_B[name], e=scaling)
-    bias = layer.lora_B[name].bias
-    return Term(
-        A=layer.lora_A[name].weight,
-        B=layer.lora_B[name].weight,
-        e=scaling,
-        bias=None if bias is None else scaling * bias,
+    bias = None if name in layer.lora_embedding_A else layer.lora_B[name].bias
+    return Term(A, B, scaling, bias=None if bias is None else scaling * bias)
+
+
+def is_dora(layer: Any, name: str) -> bool:
+    """Whether adapter `name` is DoRA in this layer, on a linear module whose equation is known here."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+    from transformers.pytorch_utils import Conv1D
+
+    return (
+        isinstance(layer, LoraLayer)
+        and type(layer.lora_variant.get(name)) is DoraLinearVariant
+        and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
     )
+
+
+def compute_dora(layer: Any, name: str) -> Term:
+    """DoRA's term. Forms ΔW and dequantises W once, so it takes about as long as reading the layer's weight."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = layer.get_base_layer()
+    A, B = factors(layer, name)
+    assert A is not None  # `is_dora` holds
+    assert B is not None
+    W = dequantize_module_weight(base).to(A.dtype)
+    W = (W.T if layer.fan_in_fan_out else W) + layer.scaling[name] * (B @ A)
+    s_out = layer.lora_magnitude_vector[name].weight / W.norm(dim=1)
+    return Term(A, B, layer.scaling[name], s_out=s_out, bias=None if base.bias is None else (1 - s_out) * base.bias)
 
 
 class Blend(nn.Module):

@@ -214,9 +214,10 @@ def _decode_batch(run: Run, group: Group, rows: list[Row], base: str) -> tuple[d
     mounts = run.adapters.mounts
     prompts = [run.prompts[index] for index in group.prompts]
     with run.adapters.using(None):
-        layout = Rows(mounts, group.columns, len(prompts), {max(len(p.ids) for p in prompts), 1})
+        lengths = {max(len(p.ids) for p in prompts), 1}
+        layout = Rows(mounts, group.columns, len(prompts), lengths, base, run.digests)
         with layout.mounted(mounts):
-            proofs = {c: Proof(*layout.proof(i, mounts, base, run.digests)) for i, c in enumerate(group.columns)}
+            proofs = {c: Proof(*layout.proof(i, mounts)) for i, c in enumerate(group.columns)}
             return proofs, _decode(run, prompts * len(group.columns), rows, layout)
 
 

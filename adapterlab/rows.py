@@ -1,6 +1,6 @@
 """One batch, one adapter per row: base and every adapter generated together, for one read of W per token.
 
-    y = s_out ⊙ [ W (s_in ⊙ x) + ((x Aᵀ) ⊙ e) Bᵀ ] + c          per column, W shared by all
+    y = s_out ⊙ [ W (s_in ⊙ x) + ((x Aᵀ) ⊙ e) Bᵀ ] + c          per column, W shared by all (terms: equation.py)
 
 The rows of one column lie together, so `x.view(columns, prompts · time, hidden)` lines up with A stacked as
 (columns, r, in). Two `bmm` a layer, whatever the number of adapters (Punica, Chen et al. 2023, has the idea for LoRA).
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterlab.equation import Term, blend_obstacle, compute_term
+from adapterlab.equation import Term, blend_obstacle, compute_dora, compute_term, is_dora
 from adapterlab.fingerprints import column_digest, tensors_digest
+from adapterlab.spans import Part, find_place, is_term, make_spans
 
 if TYPE_CHECKING:
     from adapterlab.columns import Column
     from adapterlab.mounts import Mounts
-    from adapterlab.stacks import Stack
 
 
 class RowsError(Exception):
@@ -34,11 +33,21 @@ class Rows:
     """The layout of one batch, column by column, and the layers that read it.
 
     columns: all of the batch; `live`: indices of those still in it. prompts: rows of each live column.
-    lengths: how many positions a row may have in one forward.
+    lengths: how many positions a row may have in one forward. base, digests: of the weights as they are now,
+    the base's and by adapter; what was computed from the same weights for an earlier batch is not computed again.
     """
 
-    def __init__(self, mounts: Mounts, columns: Sequence[Column], prompts: int, lengths: set[int]) -> None:
+    def __init__(
+        self,
+        mounts: Mounts,
+        columns: Sequence[Column],
+        prompts: int,
+        lengths: set[int],
+        base: str = "",
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self.columns, self.prompts, self.lengths = list(columns), prompts, lengths
+        self.base, self.digests = base, digests or {}
         self.live = list(range(len(self.columns)))
         self._known: set[torch.Size] = set()  # shapes of inputs whose rows were told apart
         self.layers = self._build(mounts)
@@ -51,13 +60,23 @@ class Rows:
             here = {name: mounts.adapters[name].layers[path] for name in names if path in mounts.adapters[name].layers}
             if len(here) > 1:
                 mounts.arrange(path)
-            places = {name: _find(mounts, path, layer, name) for name, layer in here.items()}
+            places = {name: find_place(mounts.stacks, path, layer, name) for name, layer in here.items()}
             parts = [
-                [Part(compute_term(here[name], name, m), *places[name]) for name, m in column.parts if name in here]
+                [Part(self._term(mounts, path, name, m), *places[name]) for name, m in column.parts if name in here]
                 for column in self.columns
             ]
             layers[path] = RowLayer(self, mounts.sites[path].original, parts)
         return layers
+
+    def _term(self, mounts: Mounts, path: str, name: str, multiplier: float) -> Term:
+        layer = mounts.adapters[name].layers[path]
+        if not is_dora(layer, name):
+            return compute_term(layer, name, multiplier)
+        made_of = (self.base, self.digests.get(name, ""))
+        kept = mounts.stacks.norms.get((path, name))
+        if kept is None or kept[0] != made_of or "" in made_of:
+            kept = mounts.stacks.norms[path, name] = (made_of, compute_dora(layer, name))
+        return kept[1]
 
     def keep(self, done: Sequence[bool]) -> list[int] | None:
         """Which rows of the batch stay, given which are done; None for all. Whole columns and whole prompts leave.
@@ -88,22 +107,22 @@ class Rows:
         return x.reshape(len(self.live), -1, x.shape[-1])
 
     @torch.no_grad()
-    def proof(self, place: int, mounts: Mounts, base: str, digests: Mapping[str, str]) -> tuple[dict[str, float], str]:
+    def proof(self, place: int, mounts: Mounts) -> tuple[dict[str, float], str]:
         """Who acts in column `place`, and the digest of the tensors its rows will really read.
 
-        What the layers hold is compared with the adapters' own tensors: where it is theirs, the adapters' `digests`
+        What the layers hold is compared with the adapters' own tensors: where it is theirs, the adapters' digests
         stand for it; where somebody exchanged or changed it, its content is hashed, which equals nobody's.
         """
         column = self.columns[place]
         if column.is_base:
             touched = [path for path, layer in self.layers.items() if not layer.holds(place, [])]
-            return ({}, base) if not touched else ({"?": 1.0}, self._own_digest(place))
+            return ({}, self.base) if not touched else ({"?": 1.0}, self._own_digest(place))
         parts = [(m, mounts.adapters[name].layers, name) for name, m in column.parts]
         for path, layer in self.layers.items():
-            terms = [compute_term(layers[path], name, m) for m, layers, name in parts if path in layers]
+            terms = [self._term(mounts, path, name, m) for m, layers, name in parts if path in layers]
             if not layer.holds(place, terms):
                 return column.as_dict(), self._own_digest(place)
-        return column.as_dict(), column_digest((m, digests[name]) for name, m in column.parts)
+        return column.as_dict(), column_digest((m, self.digests[name]) for name, m in column.parts)
 
     def _own_digest(self, place: int) -> str:
         return tensors_digest(tensor for path in sorted(self.layers) for tensor in self.layers[path].own(place))
@@ -122,37 +141,6 @@ class Rows:
                 site.parent._modules[site.child] = site.original
 
 
-@dataclass
-class Part:
-    """One adapter's term in one column, and where its factors lie: `stack`, None if it has none, and the place in it."""
-
-    term: Term
-    stack: Stack | None = None
-    place: int = 0
-
-
-def _find(mounts: Mounts, path: str, layer: Any, name: str) -> tuple[Stack | None, int]:
-    term = compute_term(layer, name, 1.0)
-    return mounts.stacks.find(path, name, term) if term.A is not None and len(term.A) else (None, 0)
-
-
-@dataclass
-class Span:
-    """Neighbouring columns whose factors lie evenly in one stack: both are slices, and nothing is copied.
-
-    A: (n, r, in), B: (n, r, out); e: a number for all, or (n, 1, 1 or r).
-    """
-
-    first: int
-    A: Tensor
-    B: Tensor
-    e: float | Tensor
-
-    @property
-    def end(self) -> int:
-        return self.first + len(self.A)
-
-
 class RowLayer(nn.Module):
     """Stands in for one module of the base while a batch runs; `weight` and `bias` are the base module's."""
 
@@ -169,7 +157,7 @@ class RowLayer(nn.Module):
         self.s_in = _stack([[t.s_in for t in column if t.s_in is not None] for column in terms], 1.0, Tensor.mul_)
         self.s_out = _stack([[t.s_out for t in column if t.s_out is not None] for column in terms], 1.0, Tensor.mul_)
         self.extra = _stack([[t.bias for t in column if t.bias is not None] for column in terms], 0.0, Tensor.add_)
-        self.spans = _spans(parts)
+        self.spans = make_spans(parts)
 
     @property
     def weight(self) -> Any:
@@ -186,7 +174,7 @@ class RowLayer(nn.Module):
             stack = getattr(self, name)
             setattr(self, name, None if stack is None else stack[columns])
         self.parts = [self.parts[i] for i in columns]
-        self.spans = _spans(self.parts)
+        self.spans = make_spans(self.parts)
 
     def own(self, place: int) -> list[Tensor]:
         """What column `place` has here: its scales, its bias, and its factors A, e, B; ones and zeros included."""
@@ -221,7 +209,7 @@ class RowLayer(nn.Module):
         factors = [term for term in terms if term.A is not None and len(term.A)]
         have_factors = self._factors(place)
         return len(factors) == len(have_factors) and all(
-            _is_term(term, *found) for term, found in zip(factors, have_factors)
+            is_term(term, *found) for term, found in zip(factors, have_factors)
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -262,70 +250,12 @@ def _stack(columns: list[list[Tensor]], neutral: float, join: Callable[[Tensor, 
     return stack
 
 
-def _spans(columns: list[list[Part]]) -> list[Span]:
-    """As few spans as hold every column's factors. One adapter at several multipliers is one place, spread."""
-    having = [[part for part in column if part.stack is not None] for column in columns]
-    spans = []
-    for depth in range(max(map(len, having), default=0)):
-        run: list[Part] = []
-        for i, column in enumerate([*having, []]):
-            part = column[depth] if depth < len(column) else None
-            if run and (part is None or not _goes_on(run, part)):
-                spans.append(_span(i - len(run), run))
-                run = []
-            if part is not None:
-                run.append(part)
-    return spans
-
-
-def _goes_on(run: list[Part], part: Part) -> bool:
-    step = part.place - run[-1].place
-    return part.stack is run[-1].stack and step >= 0 and (len(run) < 2 or step == run[-1].place - run[-2].place)
-
-
-def _span(first: int, run: list[Part]) -> Span:
-    stack = run[0].stack
-    assert stack is not None  # `_spans` takes parts with factors only
-    step = run[-1].place - run[-2].place if len(run) > 1 else 1
-    if step:
-        places = slice(run[0].place, run[-1].place + 1, step)
-        A, B = stack.A[places], stack.B[places]
-    else:
-        A, B = (side[run[0].place].expand(len(run), -1, -1) for side in (stack.A, stack.B))
-    numbers = [part.term.e for part in run]
-    if all(isinstance(e, float) and e == numbers[0] for e in numbers):
-        return Span(first, A, B, float(numbers[0]))
-    e = A.new_zeros(len(run), 1, A.shape[1])
-    for row, part in zip(e, run):
-        assert part.term.A is not None  # it has factors
-        row[0, : len(part.term.A)] = part.term.e
-    return Span(first, A, B, e)
-
-
-def _is_term(term: Term, A: Tensor, e: float | Tensor, B: Tensor) -> bool:
-    """Whether these factors, as a span holds them, are the term's: the same memory, or the same values."""
-    assert term.A is not None  # the caller asked
-    assert term.B is not None
-    r = len(term.A)
-    if isinstance(e, float):
-        scaled = e == term.e if isinstance(term.e, float) else False
-    else:
-        scaled = torch.equal(e[:r], torch.as_tensor(term.e, dtype=e.dtype, device=e.device).expand(r))
-    padding = A[r:].any() & B[r:].any() if len(A) > r else False
-    return scaled and not bool(padding) and _same(A[:r], term.A) and _same(B[:r], term.B.T)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    same_memory = a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-    return same_memory or torch.equal(a, b)
-
-
 def row_obstacle(mounts: Mounts, column: Column) -> str | None:
     """Why `column` can't be rows of a batch, or None if it can."""
     for name in column.names:
         for path, layer in mounts.adapters[name].layers.items():
             reason = blend_obstacle(layer, name)
-            if reason:
+            if reason and not (column.single and is_dora(layer, name)):
                 return reason
             if isinstance(mounts.sites[path].original, nn.Embedding):
                 return "it adapts an embedding"

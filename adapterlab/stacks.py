@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adapterlab.equation import Term, blend_obstacle, compute_term
+from adapterlab.equation import Term, blend_obstacle, factors, is_dora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,9 @@ class Stacks:
 
     def __init__(self) -> None:
         self._at: dict[str, list[Stack]] = {}
+        self.norms: dict[
+            tuple[str, str], tuple[Any, Term]
+        ] = {}  # DoRA's terms by path and name, and whose weights made them
 
     def find(self, path: str, name: str, term: Term) -> tuple[Stack, int]:
         """Where the adapter's factors lie: a shared stack and the place in it, or a stack of one made of its own tensors."""
@@ -86,13 +89,14 @@ class Stacks:
 
         The adapter itself is in `layers` unless it has been deleted.
         """
+        self.norms = {key: kept for key, kept in self.norms.items() if key[1] != name}
         for path, stacks in list(self._at.items()):
             if not any(name in stack.names for stack in stacks):
                 continue
             here = dict(layers.get(path, {}))
             layer = here.pop(name, None)
             if layer is not None:
-                _own(compute_term(layer, name, 1.0))
+                _own(Term(*factors(layer, name)))
             self.arrange(path, here)
             if not self._at[path]:
                 del self._at[path]
@@ -101,9 +105,9 @@ class Stacks:
 def _lendable(layers: Mapping[str, Any]) -> dict[str, Term]:
     terms = {}
     for name, layer in layers.items():
-        if blend_obstacle(layer, name):
+        if blend_obstacle(layer, name) and not is_dora(layer, name):
             continue
-        term = compute_term(layer, name, 1.0)
+        term = Term(*factors(layer, name))
         if term.A is None or term.B is None or not _rank(term):
             continue
         if not (term.A.requires_grad or term.B.requires_grad):

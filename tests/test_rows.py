@@ -14,7 +14,7 @@ from test_mounts import architectures, method_configs
 from adapterlab import AdapterLab
 from adapterlab.rows import Rows, RowsError
 
-IN_TURN = {"dora", "loha", "lokr", "oft", "hra", "ln_tuning", "embed", "head", "tokens", "moe"}
+IN_TURN = {"loha", "lokr", "oft", "hra", "ln_tuning", "embed", "head", "tokens", "moe"}
 
 
 def same_up_to_ties(mine: Any, plain: list[int]) -> bool:
