@@ -119,11 +119,12 @@ def plan_groups(run: Run, missing: Sequence[tuple[Column, int]] | None = None) -
     shared: dict[tuple[int, ...], list[Column]] = {}
     for column in sorted((c for c in wanted if reasons[c] is None), key=lambda c: _row_order(run, c)):
         shared.setdefault(wanted[column], []).append(column)
-    groups = [
-        Group(tuple(columns), prompts)
-        for indices, columns in shared.items()
-        for prompts in _prompt_batches(run, indices, len(columns))
-    ]
+    groups = []
+    for indices, columns in shared.items():
+        most = _most_rows(run, indices)
+        for i in range(0, len(columns), most):
+            some = tuple(columns[i : i + most])
+            groups += [Group(some, prompts) for prompts in _prompt_batches(run, indices, most // len(some))]
     for column, reason in reasons.items():
         if reason is not None:
             note = f"run in turn: {reason}"
@@ -143,25 +144,23 @@ def _row_order(run: Run, column: Column) -> tuple[int, ...]:
     return (2, len(mounted), rank_of(mounted[0].config) or 0, list(run.adapters.mounts.adapters).index(first))
 
 
-def _prompt_batches(run: Run, indices: Sequence[int], columns: int) -> list[tuple[int, ...]]:
-    """These prompts cut so that the KV cache of columns × prompts takes at most half of the free memory.
+def _most_rows(run: Run, indices: Sequence[int]) -> int:
+    """How many rows of these prompts' lengths a batch may have, so that its KV cache takes half of the free memory."""
+    longest = max(len(run.prompts[index].ids) for index in indices)
+    one = cache_bytes(run.adapters.model, longest + run.settings.max_new_tokens)
+    return max(1, free_memory(run.adapters.model) // 2 // one)
+
+
+def _prompt_batches(run: Run, indices: Sequence[int], most: int) -> list[tuple[int, ...]]:
+    """These prompts, at most so many to a batch.
 
     Processors such as repetition_penalty would read padding as text: with them, only prompts of one length share a batch.
     """
-    lengths = {index: len(run.prompts[index].ids) for index in indices}
-    rows = max(
-        1,
-        int(
-            0.5
-            * free_memory(run.adapters.model)
-            // cache_bytes(run.adapters.model, max(lengths.values()) + run.settings.max_new_tokens)
-        ),
-    )
-    room = max(1, rows // columns)
     buckets: dict[int, list[int]] = {}
-    for index, length in lengths.items():
+    for index in indices:
+        length = len(run.prompts[index].ids)
         buckets.setdefault(length if READ_THE_TEXT & set(run.settings.extra) else 0, []).append(index)
-    return [tuple(b[i : i + room]) for b in buckets.values() for i in range(0, len(b), room)]
+    return [tuple(b[i : i + most]) for b in buckets.values() for i in range(0, len(b), most)]
 
 
 def run_group(run: Run, group: Group, base: str) -> list[Generation]:

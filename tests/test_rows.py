@@ -97,15 +97,22 @@ def test_finished_columns_and_prompts_leave_the_batch(full_lab: AdapterLab, monk
         assert long.token_ids[: short.new_tokens] == short.token_ids
 
 
-def test_the_cut_into_batches_changes_no_text(full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+def test_the_cut_into_batches_changes_no_text(
+    rows: int, full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import adapterlab.generation as generation
 
     prompts = ["Hi", "Tell me more about it", "What is the moon?", "Yes"]
     settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "seed": 4}
     together = full_lab.compare(prompts, ["pirate", None, "poet"], **settings)
-    monkeypatch.setattr(generation, "free_memory", lambda model: 0)
+    assert {g.batch_size for g in together.generations} == {12}
+    longest = max(map(len, together.prompt_ids))
+    room = 2 * rows * generation.cache_bytes(full_lab.model, longest + 8)
+    monkeypatch.setattr(generation, "free_memory", lambda model: room)
     full_lab.clear_cache()
     cut = full_lab.compare(prompts, ["pirate", None, "poet"], **settings)
+    assert max(g.batch_size for g in cut.generations) <= rows
     assert [g.token_ids for g in cut.generations] == [g.token_ids for g in together.generations]
 
 
