@@ -359,8 +359,8 @@ class Adapters:
 
     def info(self, name: str) -> AdapterInfo:
         """What is known of one adapter; reads no weights: the status is the one last seen."""
-        from adapterlab.fingerprints import adapter_tensors
         from adapterlab.methods import rank_of
+        from adapterlab.reading import adapter_tensors
 
         Column.of(name).check(self.records)
         mounted, record = self.mounts.adapters[name], self.records[name]
@@ -383,8 +383,8 @@ class Adapters:
 
         The trainable adapter is meant to change, by whatever trainer; what others hold is compared with their reference.
         """
-        from adapterlab.fingerprints import AdapterReader
         from adapterlab.methods import is_noop
+        from adapterlab.reading import AdapterReader
 
         fresh = {}
         for name in self.records if names is None else names:

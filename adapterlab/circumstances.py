@@ -72,23 +72,22 @@ class Keys:
 
 def describe_modules(model: nn.Module) -> str | None:
     """What the model's modules are besides their weights: kinds, numbers, switches. None if their outputs can't be told
-    from that: forward hooks, a `forward` put on one module, weights that accelerate holds elsewhere."""
+    from that: forward hooks, a `forward` put on one module, weights that accelerate holds elsewhere. Methods that were
+    exchanged in a class are not looked for."""
     import torch
     from torch.nn.modules import module as of_all_modules
 
     if of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks:
         return None
-    if any(tensor.device.type == "meta" for tensor in model.parameters()):
-        return None
     known = (int, float, str, torch.dtype)  # bool is an int
     parts: list[Any] = []
     for path, module in walk_modules(model):
-        if has_foreign_forward(module):
+        if has_foreign_forward(module) or any(p is not None and p.is_meta for p in module._parameters.values()):
             return None
         own = [
             (key, value)
             for key, value in module.__dict__.items()
-            if isinstance(value, known) and key[0] != "_" and key != "training"
+            if key[0] != "_" and key != "training" and isinstance(value, known)
         ]
         parts.append((path, type(module).__qualname__, own))
         if "state" in module.__dict__:  # bitsandbytes' 8-bit layers
@@ -97,11 +96,12 @@ def describe_modules(model: nn.Module) -> str | None:
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether a hook, or a `forward` of its own, can change what this module gives; accelerate's and transformers' own
-    apart, which move tensors and record them."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks):
+    """Whether a hook, or a `forward` of its own, can change what this module gives. Those of accelerate, which move
+    tensors, and of transformers, which record them or ask for gradients, do not."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if hooks and not all(
+            str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks.values()
+        ):
             return True
     return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
 

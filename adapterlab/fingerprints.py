@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.reading import AdapterReader, values
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 _BLOCK = 1024  # int64 words in a row of the checksum of tensors that are not on the CPU
 _WORTH_THREADS = 8_000_000  # bytes; below, starting threads takes longer than reading
 _MOST_THREADS = 4  # memory, not arithmetic, is what limits more of them
-# In one of PEFT's layers: the base's module, and what does nothing outside training.
-_NOT_ITS_OWN = ("base_layer", "original_module", "lora_dropout")
 
 
 def adapter_digest(layers: Mapping[str, nn.Module], name: str) -> str:
@@ -31,77 +31,6 @@ def adapter_digest(layers: Mapping[str, nn.Module], name: str) -> str:
     inside them are left out.
     """
     return AdapterReader(layers, name).digest()
-
-
-class AdapterReader:
-    """Reads one adapter's weights again and again, as `adapter_digest` does.
-
-    Between two readings it remembers where tensors hang, which takes longer to find out than reading them, and never
-    what is in them. Each step of the way to each is looked at anew, so another module or parameter is found at once.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module], name: str) -> None:
-        self.layers, self.name = layers, name
-        self._steps: list[_Step] = []
-        self._slots: list[tuple[dict[str, Any], str, str, bool]] = []  # table, key, what to call it, read by column
-        self._kinds: list[tuple[Any, Any]] = []  # dtype and shape in each slot, as last read
-        self._numbers: list[
-            tuple[dict[str, Any], str, Any]
-        ] = []  # a layer's attributes, its path, what was read of them
-        self._structure = b""
-
-    def digest(self) -> str:
-        """Hex digest of what the adapter is now."""
-        import xxhash
-
-        if not self._slots or not self._stands():
-            self._find()
-        content, kinds = xxhash.xxh3_128(), self._kinds
-        for place, (table, key, _, by_column) in enumerate(self._slots):
-            tensor = table[key]
-            dtype, shape = kinds[place]
-            if tensor.dtype is not dtype or tensor.shape != shape:
-                kinds[place], self._structure = (tensor.dtype, tensor.shape), b""
-            content.update(_values(tensor, by_column))
-        total = hashlib.blake2b(self._described(), digest_size=16)
-        total.update(content.digest())
-        return total.hexdigest()
-
-    def _described(self) -> bytes:
-        """Names, dtypes, shapes and numbers, as text."""
-        numbers = [(own, path, _numbers(own, self.name)) for own, path, _ in self._numbers]
-        if not self._structure or numbers != self._numbers:
-            self._numbers = numbers
-            texts = [f"{slot[2]}|{dtype}|{tuple(shape)}" for slot, (dtype, shape) in zip(self._slots, self._kinds)]
-            texts += [f"{path}|{read!r}" for _, path, read in numbers]
-            self._structure = "\n".join(texts).encode()
-        return self._structure
-
-    def _stands(self) -> bool:
-        for table, key, value, entries in self._steps:
-            if table.get(key) is not value or len(table) != entries:
-                return False
-        return all(table[key] is not None for table, key, _, _ in self._slots)
-
-    def _find(self) -> None:
-        self._steps, self._slots, self._numbers, self._structure = [], [], [], b""
-        for path in sorted(self.layers):
-            layer: Any = self.layers[path]
-            found: list[_Slot] = []
-            _find_owned(layer, self.name, "", found, self._steps)
-            # B is read column by column: so it lies in a batch's stacks, where its rows would have to be gathered
-            self._slots += [
-                (table, key, f"{path}|{label}", "lora_B." in label) for label, table, key in sorted(found, key=_label)
-            ]
-            self._numbers.append((layer.__dict__, path, None))
-        self._kinds = [(None, None)] * len(self._slots)
-
-
-def _numbers(own: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-    """What acts in a layer beside its tensors: the scaling, and whether IA3 scales what comes in or what goes out."""
-    scalings = own.get("scaling")
-    scaling = scalings.get(name) if isinstance(scalings, dict) else None
-    return scaling if isinstance(scaling, float) else repr(scaling), own.get("is_feedforward")
 
 
 def column_digest(parts: Iterable[tuple[float, str]]) -> str:
@@ -115,49 +44,6 @@ def column_digest(parts: Iterable[tuple[float, str]]) -> str:
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """Hex digest of bare tensors in their order, every byte."""
     return _combined((str(place), tensor) for place, tensor in enumerate(tensors))
-
-
-def adapter_tensors(layer: Any, name: str) -> list[tuple[str, Tensor]]:
-    """The tensors that adapter `name` owns in one of PEFT's layers, keyed without the name, in a fixed order."""
-    found: list[_Slot] = []
-    _find_owned(layer, name, "", found, [])
-    return [(label, table[key]) for label, table, key in sorted(found, key=_label)]
-
-
-_Slot = tuple[str, dict[str, Any], str]  # what to call a tensor, and the table and key under which it hangs
-_Step = tuple[
-    dict[str, Any], str, Any, int
-]  # on the way to one: a table, a key, what hangs there, entries of the table
-_label = itemgetter(0)
-
-
-def _find_owned(module: Any, name: str, prefix: str, found: list[_Slot], steps: list[_Step]) -> None:
-    """PEFT keeps what adapters own in dicts by their names, the layer's own or those of layers inside it."""
-    for key, child in module._modules.items():
-        if child is None or (key in _NOT_ITS_OWN and not hasattr(type(child), "adapter_layer_names")):
-            continue
-        count, inner = len(found), child._modules
-        if name in inner:
-            steps.append((inner, name, inner[name], len(inner)))
-            _find_all(inner[name], f"{prefix}{key}.", found, steps)
-        elif inner:
-            _find_owned(child, name, f"{prefix}{key}.", found, steps)
-        tables = (child._parameters, child._buffers)
-        found.extend((prefix + key, table, name) for table in tables if table.get(name) is not None)
-        if len(found) > count:
-            steps.append((module._modules, key, child, len(module._modules)))
-
-
-def _find_all(module: Any, prefix: str, found: list[_Slot], steps: list[_Step]) -> None:
-    for table in (module._parameters, module._buffers):
-        if table:
-            found.extend((prefix + key, table, key) for key, tensor in table.items() if tensor is not None)
-            empty = [key for key, tensor in table.items() if tensor is None]
-            steps.extend((table, key, None, len(table)) for key in empty or [""])
-    for key, child in module._modules.items():
-        if child is not None:
-            steps.append((module._modules, key, child, len(module._modules)))
-            _find_all(child, f"{prefix}{key}.", found, steps)
 
 
 def file_digest(path: Path) -> str | None:
@@ -183,7 +69,9 @@ def base_digest(model: nn.Module) -> str:
                 if tensor is not None:
                     found.setdefault(id(tensor), ([], tensor, quantised))[0].append(f"{path}.{key}")
     # by name: PEFT's parametrised experts are registered anew after each forward, which changes their order
-    named = sorted((("=".join(sorted(names)), tensor, layer) for names, tensor, layer in found.values()), key=_label)
+    named = sorted(
+        (("=".join(sorted(names)), tensor, layer) for names, tensor, layer in found.values()), key=itemgetter(0)
+    )
     return _combined(part for name, tensor, layer in named for part in _with_statistics(name, tensor, layer))
 
 
@@ -250,10 +138,10 @@ def _checksum(tensor: Tensor) -> bytes:
     import xxhash
 
     if tensor.device.type in ("cpu", "meta"):
-        return xxhash.xxh3_128_digest(_values(tensor))
+        return xxhash.xxh3_128_digest(values(tensor))
     content = xxhash.xxh3_128()
     for sums in _block_sums(tensor):
-        content.update(_values(sums))
+        content.update(values(sums))
     return content.digest()
 
 
@@ -265,28 +153,3 @@ def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
     whole = flat.numel() // (8 * _BLOCK) * (8 * _BLOCK)
     grid = flat[:whole].view(torch.int64).view(-1, _BLOCK)
     yield from (grid.sum(dim=1), grid.sum(dim=0), flat[whole:])
-
-
-def _values(tensor: Tensor, by_column: bool = False) -> Any:
-    """The tensor's content as a buffer, row by row (or column by column), without a copy where it lies so already."""
-    import numpy as np
-
-    if not tensor.is_cpu:
-        if tensor.is_meta:
-            return b"meta"
-        tensor = tensor.cpu()
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    try:
-        array = tensor.numpy()
-    except TypeError:  # numpy has no bfloat16 and no 8-bit floats
-        array = tensor.view(_same_size(tensor)).numpy()
-    if by_column:
-        array = array.T
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
-
-def _same_size(tensor: Tensor) -> Any:
-    import torch
-
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

@@ -53,7 +53,9 @@ class FinishedColumns:
         self._put(key, generation, _ENTRY + 4 * texts + _PER_TOKEN * generation.new_tokens)
 
     def put_logits(self, key: str, logits: Tensor) -> None:
-        logits = logits.detach().cpu()
+        if self.get(key) is not None:
+            return
+        logits = logits.detach().to("cpu", copy=True)  # not the whole batch that it may be a row of
         self._put(key, logits, _ENTRY + logits.numel() * logits.element_size())
 
     def clear(self) -> None:
@@ -89,14 +91,17 @@ def keep(run: Run, keys: Keys, made: Sequence[Generation]) -> None:
     """Keep what has come to its end, if the tensors that spoke are those that the key names."""
     by_label = {column.label: column for column in run.columns}
     for generation in made:
-        column, ids = by_label[generation.column], run.prompts[generation.prompt_index].ids
-        logits = run.references.get(generation.prompt_index)
-        if logits is not None:
-            run.finished.put_logits(keys.first_logits(ids), logits)
+        column, index = by_label[generation.column], generation.prompt_index
         honest = generation.weights_digest == keys.weights(column)
+        if column.is_base and not honest:
+            run.references.pop(index, None)
         hooked = not generation.batched and _adapters_hooked(run, column)
         if honest and not hooked and generation.finish_reason != "stopped":
-            run.finished.put_generation(keys.generation(column, ids), generation)
+            run.finished.put_generation(keys.generation(column, run.prompts[index].ids), generation)
+    for index in {generation.prompt_index for generation in made}:
+        logits = run.references.get(index)
+        if logits is not None:
+            run.finished.put_logits(keys.first_logits(run.prompts[index].ids), logits)
 
 
 def _adapters_hooked(run: Run, column: Column) -> bool:

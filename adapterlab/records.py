@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from adapterlab.adapters import Adapters
-    from adapterlab.fingerprints import AdapterReader
     from adapterlab.hub import AdapterFiles
+    from adapterlab.reading import AdapterReader
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def tiny_tokenizer(chat: bool = False, *, seq2seq: bool = False) -> Any:
 def _randomised(model_class: Any, config: Any, seed: int) -> Any:
     """Build `model_class(config)` and fill every parameter from a generator of its own."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some biases start from random numbers, and only noise is added to those
         model = model_class(config)
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -233,6 +234,184 @@ def tiny_mixtral(seed: int = 0, **changes: Any) -> Any:
         max_position_embeddings=128,
     )
     return _randomised(MixtralForCausalLM, MixtralConfig(**{**settings, **changes}), seed)
+
+
+def tiny_gpt_neox(seed: int = 0, **changes: Any) -> Any:
+    """A GPTNeoXForCausalLM: query, key and value are one fused projection, and a quarter of each head is rotated."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+    )
+    return _randomised(GPTNeoXForCausalLM, GPTNeoXConfig(**{**settings, **changes}), seed)
+
+
+def tiny_falcon(seed: int = 0, **changes: Any) -> Any:
+    """A FalconForCausalLM: fused projections with one key and value for all heads (multi-query), biases, and an
+    attention that runs beside the MLP."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    settings = _token_ids(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, bias=True)
+    return _randomised(FalconForCausalLM, FalconConfig(**{**settings, **changes}), seed)
+
+
+def tiny_falcon_grouped(seed: int = 0, **changes: Any) -> Any:
+    """A Falcon of the newer architecture: two groups of heads in the fused projection, no biases."""
+    return tiny_falcon(seed, **{"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, **changes})
+
+
+def tiny_falcon_alibi(seed: int = 0, **changes: Any) -> Any:
+    """A Falcon as falcon-rw has it: distances as a bias on the scores, computed from the attention mask."""
+    settings = {"alibi": True, "multi_query": False, "parallel_attn": False}
+    return tiny_falcon(seed, **{**settings, **changes})
+
+
+def tiny_phi(seed: int = 0, **changes: Any) -> Any:
+    """A PhiForCausalLM: biases everywhere, one norm before attention and MLP side by side."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+    )
+    return _randomised(PhiForCausalLM, PhiConfig(**{**settings, **changes}), seed)
+
+
+def tiny_phi3(seed: int = 0, **changes: Any) -> Any:
+    """A Phi3ForCausalLM: `qkv_proj` and `gate_up_proj` are fused."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+        original_max_position_embeddings=128,
+    )
+    return _randomised(Phi3ForCausalLM, Phi3Config(**{**settings, **changes}), seed)
+
+
+def tiny_qwen2(seed: int = 0, **changes: Any) -> Any:
+    """A Qwen2ForCausalLM: biases on query, key and value only, four heads on two keys and values."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+    )
+    return _randomised(Qwen2ForCausalLM, Qwen2Config(**{**settings, **changes}), seed)
+
+
+def tiny_gemma2(seed: int = 0, **changes: Any) -> Any:
+    """A Gemma2ForCausalLM: one layer sees a window of 6 tokens and the other all, and logits are capped softly."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+        sliding_window=6,
+        query_pre_attn_scalar=8,
+    )
+    return _randomised(Gemma2ForCausalLM, Gemma2Config(**{**settings, **changes}), seed)
+
+
+def tiny_mistral(seed: int = 0, **changes: Any) -> Any:
+    """A MistralForCausalLM whose attention sees the last 5 tokens only."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+        sliding_window=5,
+    )
+    return _randomised(MistralForCausalLM, MistralConfig(**{**settings, **changes}), seed)
+
+
+def tiny_qwen2_moe(seed: int = 0, **changes: Any) -> Any:
+    """A Qwen2MoeForCausalLM: beside the experts that the gate picks, one expert that every token goes through."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * HIDDEN,
+        moe_intermediate_size=HIDDEN // 2,
+        shared_expert_intermediate_size=HIDDEN,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
+    return _randomised(Qwen2MoeForCausalLM, Qwen2MoeConfig(**{**settings, **changes}), seed)
+
+
+def tiny_mamba(seed: int = 0, **changes: Any) -> Any:
+    """A MambaForCausalLM: no attention; what was read is a state of fixed size."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    settings = _token_ids(hidden_size=HIDDEN, num_hidden_layers=LAYERS, state_size=4)
+    return _randomised(MambaForCausalLM, MambaConfig(**{**settings, **changes}), seed)
+
+
+def tiny_lfm2(seed: int = 0, **changes: Any) -> Any:
+    """An Lfm2ForCausalLM: a layer of short convolutions, then one of attention."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * HIDDEN,
+        block_auto_adjust_ff_dim=False,
+        max_position_embeddings=128,
+        layer_types=["conv", "full_attention"],
+    )
+    return _randomised(Lfm2ForCausalLM, Lfm2Config(**{**settings, **changes}), seed)
+
+
+def tiny_falcon_h1(seed: int = 0, **changes: Any) -> Any:
+    """A FalconH1ForCausalLM: attention and a state-space model side by side in every layer."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    settings = _token_ids(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * HIDDEN,
+        max_position_embeddings=128,
+        mamba_d_ssm=HIDDEN,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+    )
+    return _randomised(FalconH1ForCausalLM, FalconH1Config(**{**settings, **changes}), seed)
 
 
 def tiny_bert(seed: int = 0, **changes: Any) -> Any:

@@ -353,16 +353,18 @@ def test_hooks_switch_the_cache_off(lab: AdapterLab, door: str) -> None:
 
 
 def test_a_hook_in_an_adapter_that_runs_in_turn(full_lab: AdapterLab) -> None:
-    first = full_lab.compare(PROMPT, ["dora"], max_new_tokens=6)
-    assert full_lab.compare(PROMPT, ["dora"], max_new_tokens=6)["dora"].cached
-    layers = full_lab._adapters.mounts.adapters["dora"].layers
-    inner: Any = layers["model.layers.0.self_attn.v_proj"]
-    handle = inner.lora_A["dora"].register_forward_hook(hook_output)
+    full_lab.add_adapter("loha", "turn", r=2, target_modules=["v_proj"], init_weights=False)
+    first = full_lab.compare(PROMPT, ["turn", "pirate"], max_new_tokens=6)
+    assert first["turn"].note.startswith("run in turn")
+    layer: Any = full_lab._adapters.mounts.adapters["turn"].layers["model.layers.0.self_attn.v_proj"]
+    handle = layer.register_forward_hook(lambda module, args, output: output * -3)
     for _ in range(2):
-        assert not full_lab.compare(PROMPT, ["dora"], max_new_tokens=6)["dora"].cached
+        hooked = full_lab.compare(PROMPT, ["turn", "pirate"], max_new_tokens=6)
+        assert not hooked["turn"].cached
+        assert hooked["turn"].token_ids != first["turn"].token_ids
     handle.remove()
-    again = full_lab.compare(PROMPT, ["dora"], max_new_tokens=6)
-    assert again["dora"].cached
+    again = full_lab.compare(PROMPT, ["turn", "pirate"], max_new_tokens=6)
+    assert again["turn"].cached
     assert answers(again) == answers(first)
 
 
@@ -501,3 +503,19 @@ def test_json_keeps_what_came_from_the_cache(full_lab: AdapterLab, tmp_path: Pat
     assert list(read.to_frame()["batch_size"]) == [2, 2]
     assert "from the cache" in read._repr_html_()
     assert "from the cache" not in full_lab.history[0]._repr_html_()
+
+
+def test_rows_that_read_other_tensors_are_not_kept(full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is mixed up proves other weights than its columns', and stays out of the cache with its base."""
+    from adapterlab.rows import Rows
+
+    honest = full_lab.compare(PROMPT, [None, "pirate", "wide"], max_new_tokens=4)
+    full_lab.clear_cache()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Rows, "proof", lambda self, place, *args: ({"?": 1.0}, f"nobody's {place}"))
+        mixed_up = full_lab.compare(PROMPT, [None, "pirate", "wide"], max_new_tokens=4)
+        assert all(g.weights_digest.startswith("nobody's") for g in mixed_up.generations)
+    assert len(full_lab._finished) == 0
+    again = full_lab.compare(PROMPT, [None, "pirate", "wide"], max_new_tokens=4)
+    assert not any(g.cached for g in again.generations)
+    assert answers(again) == answers(honest)

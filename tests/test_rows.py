@@ -98,9 +98,7 @@ def test_finished_columns_and_prompts_leave_the_batch(full_lab: AdapterLab, monk
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
-def test_the_cut_into_batches_changes_no_text(
-    rows: int, full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cut_into_batches_changes_no_text(rows: int, full_lab: AdapterLab, monkeypatch: pytest.MonkeyPatch) -> None:
     import adapterlab.generation as generation
 
     prompts = ["Hi", "Tell me more about it", "What is the moon?", "Yes"]
