@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+_QUANTISED = ("Linear8bitLt", "Linear4bit")
 _BLOCK = 1024  # int64 words in a row of the checksum of tensors that are not on the CPU
 _WORTH_THREADS = 8_000_000  # bytes; below, starting threads takes longer than reading
 _MOST_THREADS = 4  # memory, not arithmetic, is what limits more of them
@@ -62,17 +63,25 @@ def base_digest(model: nn.Module) -> str:
     all those sums. Weights that accelerate holds elsewhere (meta tensors) can't be read and count by shape only.
     """
     found: dict[int, tuple[list[str], Tensor, Any]] = {}  # tied tensors once, under all their names
+    wide: dict[int, Tensor] = {}
     for path, module in walk_modules(model):
-        quantised = module if type(module).__name__ == "Linear8bitLt" else None
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                if tensor is not None:
-                    found.setdefault(id(tensor), ([], tensor, quantised))[0].append(f"{path}.{key}")
+                if tensor is None:
+                    continue
+                layer = module if type(module).__name__ in _QUANTISED else None
+                found.setdefault(id(tensor), ([], tensor, layer if key == "weight" else None))[0].append(
+                    f"{path}.{key}"
+                )
+                if layer is not None and key == "bias":
+                    wide[id(tensor)] = tensor.float()  # bitsandbytes widens it in place at the first forward
     # by name: PEFT's parametrised experts are registered anew after each forward, which changes their order
     named = sorted(
         (("=".join(sorted(names)), tensor, layer) for names, tensor, layer in found.values()), key=itemgetter(0)
     )
-    return _combined(part for name, tensor, layer in named for part in _with_statistics(name, tensor, layer))
+    return _combined(
+        part for name, tensor, layer in named for part in _with_statistics(name, wide.get(id(tensor), tensor), layer)
+    )
 
 
 def walk_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -99,7 +108,7 @@ def _with_statistics(key: str, tensor: Any, layer: Any) -> Iterator[tuple[str, T
                 yield f"{key}.{label}{statistic}", value
     # bitsandbytes moves an 8-bit weight's row scales from the weight to the layer's state at its first forward
     scales = getattr(tensor, "SCB", None)
-    if scales is None and layer is not None:
+    if scales is None and layer is not None and hasattr(layer, "state"):
         scales = layer.state.SCB
     if scales is not None:
         yield f"{key}.SCB", scales

@@ -446,4 +446,9 @@ def check_context(model: Any, prompts: Sequence[Prompt], settings: Settings) -> 
 
 
 def _input_device(model: Any) -> Any:
-    return model.get_input_embeddings().weight.device if model.device.type == "meta" else model.device
+    """Where ids belong: beside the embeddings, or where those compute if accelerate has offloaded them."""
+    embeddings = model.get_input_embeddings()
+    if embeddings is None or not embeddings.weight.is_meta:
+        return model.device if embeddings is None or model.device.type != "meta" else embeddings.weight.device
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return "cpu" if device is None else device

@@ -62,10 +62,13 @@ class Mounts:
 
         What was mounted before is mounted again, also when PEFT or `load` raises: then nothing else has changed.
         """
+        if is_offloaded(self.model):
+            _check_offloaded(config, name)
         with self._bare() as children:
-            tuner = inject(config, self.model, name)
-            if load is not None:
-                load(tuner)
+            with _stand_ins(self.model):
+                tuner = inject(config, self.model, name)
+                if load is not None:
+                    load(tuner)
             return self._harvest(children, name)
 
     def adopt(self) -> dict[str, tuple[PeftConfig, dict[str, Any]]]:
@@ -269,12 +272,58 @@ def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) ->
 
     config = copy.deepcopy(config)
     config.inference_mode = False
-    with _full_rank_pattern(config):  # PEFT reads AdaLoRA's as if it were LoRA's, and warns that no module matches
+    apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not empty and is_offloaded(model):
+        _check_offloaded(config, name)
+        apart = _stand_ins(model)
+    with (
+        apart,
+        _full_rank_pattern(config),
+    ):  # PEFT reads AdaLoRA's as if it were LoRA's, and warns that no module matches
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name, low_cpu_mem_usage=empty)
     # As PeftModel does before it loads weights; native injection leaves adapters in a half-precision base's dtype,
     # where they would be rounded and could not be trained (issue 2).
     tuner._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
     return tuner
+
+
+def is_offloaded(model: Any) -> bool:
+    """Whether accelerate keeps some of the weights on disk or on the host and fetches them layer by layer."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _check_offloaded(config: PeftConfig, name: str) -> None:
+    for field, what in (
+        ("use_dora", "DoRA"),
+        ("modules_to_save", "modules_to_save"),
+        ("trainable_token_indices", "it"),
+    ):
+        if getattr(config, field, None):
+            raise AdapterLabError(
+                f"{name!r} can't be put into this base: {what} needs weights of the base, which accelerate has offloaded. "
+                "Load the base without disk or CPU offload."
+            )
+
+
+@contextlib.contextmanager
+def _stand_ins(model: Any) -> Iterator[None]:
+    """Weights where offloaded layers compute, of the right shapes and without memory, in the place of those on the meta
+    device: PEFT puts an adapter where its layer's weight lies, and there it would have no values (issue 3)."""
+    import torch
+
+    held = []
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                held.append((module, key, parameter))
+                one = torch.zeros((), dtype=parameter.dtype, device="cpu" if device is None else device)
+                module._parameters[key] = torch.nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, key, parameter in held:
+            module._parameters[key] = parameter
 
 
 def adapter_state(model: Any, name: str) -> dict[str, Any]:
@@ -318,7 +367,7 @@ def plain_peft(model: Any, config: PeftConfig, state: dict[str, Any], name: str)
 
     from adapterlab.quiet import quiet
 
-    with quiet():
+    with quiet(), _stand_ins(model):
         plain = get_peft_model(model, config, adapter_name=name)
         set_peft_model_state_dict(plain, prefixed(state), adapter_name=name)
     return plain
@@ -345,7 +394,12 @@ def skeleton(model: Any) -> Iterator[Any]:
     PEFT freezes the parameters it finds, and those are shared: their flags are restored at the end.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # what accelerate holds for its offloaded layers
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is not None:
+            shared[id(weights)] = weights
+    twin = copy.deepcopy(model, shared)
     twin.__dict__.pop("peft_config", None)
     twin._hf_peft_config_loaded = False
     try:

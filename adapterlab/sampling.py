@@ -135,7 +135,7 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
             done = [bool(row.finish_reason) for row in live]
             if all(done):
                 return input_ids
-            keep = layout.keep(done) if layout is not None and any(done) else None
+            keep = layout.keep(done) if layout is not None and any(done) and _can_shrink(model_kwargs) else None
             if keep is not None:
                 live = [live[i] for i in keep]
                 input_ids, model_kwargs = _select(input_ids, model_kwargs, keep)
@@ -150,6 +150,14 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
         return input_ids
 
     return decode
+
+
+def _can_shrink(model_kwargs: dict[str, Any]) -> bool:
+    """Whether rows can leave the model's cache: transformers' layers for linear attention keep states of all rows."""
+    caches = [model_kwargs.get(name) for name in ("past_key_values", "cache_params")]
+    caches += [getattr(cache, "self_attention_cache", None) for cache in caches]
+    layers = [layer for cache in caches for layer in getattr(cache, "layers", ())]
+    return all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in layers)
 
 
 def _select(input_ids: Tensor, model_kwargs: dict[str, Any], keep: list[int]) -> tuple[Tensor, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What rounding alone does: a row in a batch of nine against the same row alone, over the same tokens.
 
-    python benchmarks/deviation.py [--kinds fp32 bf16 …] [--steps 60] [--output benchmarks/results]
+    python benchmarks/deviation.py [--kinds fp32 bf16 …] [--steps 60] [--column-steps 60] [--output benchmarks/results]
 
 Writes deviation.md. First the bare base through plain transformers, nine equal rows against one: the noise of batching
 itself. Then nine columns of the demo adapters in one batch of the lab against each column mounted alone. Every column is
@@ -21,6 +21,7 @@ from typing import Any
 from record import describe_machine
 
 from adapterlab import AdapterLab, Column
+from adapterlab.linear import few_rows
 from adapterlab.rows import Rows
 
 HERE = Path(__file__).resolve().parent
@@ -102,13 +103,13 @@ def run_alone(model: Any, prompt: Sequence[int], steps: int) -> tuple[list[int],
 
 @contextmanager
 def batch_of(lab: AdapterLab, columns: Sequence[Column], prompt: Sequence[int]) -> Iterator[Any]:
-    """The model with each column as one row of a batch."""
+    """The model with each column as one row of a batch, as the lab decodes it."""
     mounts = lab._adapters.mounts
-    with lab.using(None) as model, Rows(mounts, columns, 1, {len(prompt), 1}).mounted(mounts):
+    with lab.using(None) as model, Rows(mounts, columns, 1, {len(prompt), 1}).mounted(mounts), few_rows(model):
         yield model
 
 
-def measure(lab: AdapterLab, steps: int) -> tuple[Deviation, Deviation]:
+def measure(lab: AdapterLab, steps: int, column_steps: int) -> tuple[Deviation, Deviation]:
     """(the bare base in a batch of nine equal rows, the lab's nine columns in one batch), each against alone."""
     bare, lab_rows = Deviation(), Deviation()
     columns = [Column.of(column) for column in COLUMNS]
@@ -117,27 +118,27 @@ def measure(lab: AdapterLab, steps: int) -> tuple[Deviation, Deviation]:
         answers, alone = [], []
         for column in columns:
             with lab.using(column) as model:
-                answer, logits = run_alone(model, prompt, steps)
+                answer, logits = run_alone(model, prompt, steps if column.is_base else column_steps)
             answers.append(answer)
             alone.append(logits)
         with lab.using(None) as model:
             for row in run(model, prompt, answers[:1] * BATCH):
                 bare.add(alone[0], row)
         with batch_of(lab, columns, prompt) as model:
-            for mine, row in zip(alone, run(model, prompt, answers)):
-                lab_rows.add(mine, row)
+            for mine, row in zip(alone, run(model, prompt, [answer[:column_steps] for answer in answers])):
+                lab_rows.add(mine[:column_steps], row)
     return bare, lab_rows
 
 
-def page(found: dict[str, tuple[Deviation, Deviation] | str], steps: int) -> str:
+def page(found: dict[str, tuple[Deviation, Deviation] | str], steps: int, column_steps: int) -> str:
     """The table as Markdown, with the machine and the versions."""
     machine = {**describe_machine(), "bitsandbytes": metadata.version("bitsandbytes")}
     lines = [
         "# What rounding alone does",
         "",
-        f"Logits of SmolLM2-135M-Instruct in a batch of {BATCH} rows against the same row alone, {steps} steps of "
-        f"{len(PROMPTS)} prompts, teacher-forced. *base*: nine equal rows of the bare base, plain transformers. *lab*: nine "
-        "columns (base, two trained LoRA adapters, multipliers and blends of them) in one batch of the lab.",
+        f"Logits of SmolLM2-135M-Instruct in a batch of {BATCH} rows against the same row alone, {len(PROMPTS)} prompts, "
+        f"teacher-forced. *base*: nine equal rows of the bare base, plain transformers, {steps} steps. *lab*: nine columns "
+        f"(base, two trained LoRA adapters, multipliers and blends of them) in one batch of the lab, {column_steps} steps.",
         "",
         "| | max abs Δlogit: base | lab | max abs Δlead of the two best: base | lab | other token: base | lab "
         "| largest lead overturned: base | lab |",
@@ -164,21 +165,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in asked.kinds:
         lab = AdapterLab.demo(**KINDS[kind])
         try:
-            found[kind] = measure(lab, asked.steps)
+            found[kind] = measure(lab, asked.steps, asked.column_steps)
         except RuntimeError as error:  # a kernel that this processor lacks
             found[kind] = f"does not run here: {error}"
         lab.close()
         print(kind, found[kind], flush=True)
         asked.output.mkdir(parents=True, exist_ok=True)
-        (asked.output / "deviation.md").write_text(page(found, asked.steps), encoding="utf-8")
+        (asked.output / "deviation.md").write_text(page(found, asked.steps, asked.column_steps), encoding="utf-8")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what rounding alone does to logits in a batch.")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60, help="of the bare base")
+    parser.add_argument("--column-steps", type=int, default=60, help="of each of the lab's columns; at most --steps")
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if not 1 <= asked.column_steps <= asked.steps:
+        parser.error(f"--column-steps {asked.column_steps}: give a number from 1 to --steps, {asked.steps}")
+    return asked
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def summarise(rounds: list[list[Timed]], names: list[str], columns: tuple[int, .
             seconds[f"{contender}_one", 1].append(statistics.mean(alike[method_of(names[0])]))
             for n in columns:
                 seconds[contender, n + 1].append(runs[BASE] + sum(each[:n]))
-    timed_in_turn = {turn.label for turn in rounds[0] if turn.contender in IN_TURN}
+    always = set.intersection(*({turn.label for turn in timed if turn.contender in IN_TURN} for timed in rounds))
     return tuple(
-        Timing(contender, n, tuple(numbers), contender in IN_TURN and not {BASE, *names[: n - 1]} <= timed_in_turn)
+        Timing(contender, n, tuple(numbers), contender in IN_TURN and not {BASE, *names[: n - 1]} <= always)
         for (contender, n), numbers in seconds.items()
     )

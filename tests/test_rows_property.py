@@ -34,9 +34,9 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 }
 PROFILES = {
-    "ci": settings(max_examples=30, derandomize=True, phases=[Phase.generate], **_COMMON),
+    "ci": settings(max_examples=25, derandomize=True, phases=[Phase.generate], **_COMMON),
     "nightly": settings(
-        max_examples=1500, print_blob=True, phases=[Phase.generate, Phase.target, Phase.shrink], **_COMMON
+        max_examples=600, print_blob=True, phases=[Phase.generate, Phase.target, Phase.shrink], **_COMMON
     ),
 }
 PROFILE = PROFILES[os.environ.get("ADAPTERLAB_HYPOTHESIS", "ci")]

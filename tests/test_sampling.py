@@ -134,8 +134,9 @@ def test_stop_ends_within_a_token(full_lab: AdapterLab) -> None:
         if len(seen) == 3:
             full_lab.stop()
 
+    full_lab.add_adapter("loha", "alone", r=2, target_modules=["v_proj"])
     comparison = full_lab.compare("Go on", max_new_tokens=50, min_new_tokens=50, on_token=stop_after_three)
-    assert "dora" not in comparison.columns, "a column that runs in turn and had not begun is not there"
+    assert "alone" not in comparison.columns, "a column that runs in turn and had not begun is not there"
     assert {g.finish_reason for g in comparison.generations} == {"stopped"}
     assert {g.new_tokens for g in comparison.generations} == {1}, "all columns of a batch stop at the same token"
     assert seen.count("stopped") == len(comparison)
