@@ -399,6 +399,10 @@ def skeleton(model: Any) -> Iterator[Any]:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
             shared[id(weights)] = weights
+        for holder in (module.__dict__.get("state"), module._parameters.get("weight")):  # bitsandbytes' 8-bit weights
+            for tensor in (getattr(holder, "CB", None), getattr(holder, "SCB", None)):
+                if tensor is not None:
+                    shared[id(tensor)] = tensor
     twin = copy.deepcopy(model, shared)
     twin.__dict__.pop("peft_config", None)
     twin._hf_peft_config_loaded = False
