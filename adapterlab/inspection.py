@@ -38,14 +38,16 @@ def count_bytes(tensor: Any) -> int:
 
 def base_size(adapters: Adapters) -> tuple[int, int, str]:
     """(parameters, bytes, dtype of most of them) of the base."""
-    parameters = size = 0
-    by_dtype: dict[str, int] = {}
+    parameters, size = (sum(map(count, adapters.base.values())) for count in (count_parameters, count_bytes))
+    return parameters, size, base_dtype(adapters)
+
+
+def base_dtype(adapters: Adapters) -> str:
+    """The dtype that most of the base's values are stored in: `float32`."""
+    stored: dict[Any, int] = {}
     for tensor in adapters.base.values():
-        parameters += count_parameters(tensor)
-        size += count_bytes(tensor)
-        name = str(tensor.dtype).removeprefix("torch.")
-        by_dtype[name] = by_dtype.get(name, 0) + tensor.numel()
-    return parameters, size, max(by_dtype, key=lambda name: by_dtype[name])
+        stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.numel()
+    return str(max(stored, key=lambda dtype: stored[dtype])).removeprefix("torch.")
 
 
 def dtype_label(dtype: str) -> str:

@@ -440,25 +440,24 @@ class AdapterLab:
         prompts = render_prompts(self._tokenizer, prompt, chat)
         check_context(self._adapters.model, prompts, settings)
         self._stop.clear()
-        self._adapters.impose()
-        digests = self._adapters.refresh(dict.fromkeys(name for column in wanted for name in column.names))
-        run = Run(
-            adapters=self._adapters,
-            tokenizer=self._tokenizer,
-            prompts=prompts,
-            columns=wanted,
-            settings=settings,
-            stop=self._stop,
-            on_token=on_token,
-            about=self._about(),
-            digests=digests,
-            finished=self._finished,
-        )
-        self._running = threading.get_ident()
-        try:
-            return run_comparison(run)
-        finally:
-            self._running = None
+        with self._adapters.using(None):  # which imposes the lab's state, once
+            run = Run(
+                adapters=self._adapters,
+                tokenizer=self._tokenizer,
+                prompts=prompts,
+                columns=wanted,
+                settings=settings,
+                stop=self._stop,
+                on_token=on_token,
+                about=self._about(),
+                digests=self._adapters.refresh(dict.fromkeys(name for column in wanted for name in column.names)),
+                finished=self._finished,
+            )
+            self._running = threading.get_ident()
+            try:
+                return run_comparison(run)
+            finally:
+                self._running = None
 
     @_exclusive
     def clear_cache(self) -> None:
@@ -489,9 +488,9 @@ class AdapterLab:
             raise AdapterLabError(
                 f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}."
             )
-        from adapterlab.inspection import base_size
+        from adapterlab.inspection import base_dtype
 
-        dtype = "quantised" if self._quantization else base_size(self._adapters)[2]
+        dtype = "quantised" if self._quantization else base_dtype(self._adapters)
         return verify_comparison(self._adapters, comparison, dtype)
 
     @property
@@ -634,11 +633,11 @@ class AdapterLab:
         from peft import __version__ as peft_version
 
         from adapterlab import __version__
-        from adapterlab.inspection import base_size
+        from adapterlab.inspection import base_dtype
 
         return {
             "name": self.name,
-            "dtype": base_size(self._adapters)[2],
+            "dtype": base_dtype(self._adapters),
             "quantization": self._quantization,
             "device": str(self._adapters.model.device),
             "versions": {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Mapping
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, eq, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,79 +33,91 @@ class Step(NamedTuple):
     entries: int
 
 
-class Seen(NamedTuple):
-    """How a slot's tensor lay when last read: what has to be equal for `buffer` to be its memory, None if it can't be."""
+class Lie(NamedTuple):
+    """How tensors lie in memory, each a list over all of them: while it is equal, so are their buffers."""
 
-    pointer: int
-    dtype: Any
-    shape: Any
-    stride: tuple[int, ...]
-    buffer: Any
+    pointers: list[int]
+    dtypes: list[Any]
+    shapes: list[Any]
+    strides: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Lie:
+        import torch
+
+        whole = torch.Tensor
+        return cls(
+            list(map(whole.data_ptr, tensors)),
+            list(map(attrgetter("dtype"), tensors)),
+            list(map(attrgetter("shape"), tensors)),
+            list(map(whole.stride, tensors)),
+        )
 
 
 class AdapterReader:
     """Reads one adapter's weights again and again.
 
     Between two readings it remembers where they lie, which takes longer to find out than reading them, and never what is
-    in them. Every step to them is looked at anew, so that another module, parameter or memory is found at once.
+    in them. Every step to them is looked at anew, so that another module, parameter or memory is found at once. `map`
+    over builtins does it: at thousands of tensors, Python's own loops took as long as the reading.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], name: str) -> None:
         self.layers, self.name = layers, name
-        self._steps: list[Step] = []
-        self._slots: list[Slot] = []
-        self._seen: list[Seen] = []  # in the order of the slots
-        self._numbers: list[tuple[dict[str, Any], str, Any]] = []  # a layer's attributes, its path, what they say
+        self._steps: list[Sequence[Any]] = []  # Step by Step, turned into one sequence for each field
+        self._slots: list[Sequence[Any]] = []  # likewise
+        self._known: tuple[Lie, list[Any]] | None = None  # how the tensors lay, and what acts beside them
+        self._buffers: list[Any] = []  # the tensors' memory; None where the values don't lie there as they are read
         self._structure = b""
 
     def digest(self) -> str:
         """Hex digest of the adapter's tensors, scalings and kinds of layer as they are now; see `adapter_digest`."""
         import xxhash
 
-        if not self._slots or not self._stands():
+        if not self._stands():
             self._find()
-        content, seen = xxhash.xxh3_128(), self._seen
-        for place, (label, table, key) in enumerate(self._slots):
-            tensor = table[key]
-            pointer, dtype, shape, stride, buffer = seen[place]
-            if (
-                tensor.data_ptr() != pointer
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or tensor.stride() != stride
-            ):
-                seen[place], self._structure = look_at(tensor, _by_column(label)), b""
-                buffer = seen[place].buffer
-            content.update(values(tensor, _by_column(label)) if buffer is None else buffer)
-        total = hashlib.blake2b(self._described(), digest_size=16)
+        labels, tables, keys = self._slots
+        tensors = list(map(dict.__getitem__, tables, keys))
+        known = Lie.of(tensors), [_numbers(layer.__dict__, self.name) for layer in self.layers.values()]
+        if known != self._known:
+            self._buffers = [memory(tensor, _by_column(label)) for tensor, label in zip(tensors, labels)]
+            self._known, self._structure = known, self._describe(*known)
+        content = xxhash.xxh3_128()
+        for place, buffer in enumerate(self._buffers):
+            content.update(values(tensors[place], _by_column(labels[place])) if buffer is None else buffer)
+        total = hashlib.blake2b(self._structure, digest_size=16)
         total.update(content.digest())
         return total.hexdigest()
 
-    def _described(self) -> bytes:
-        """Names, dtypes, shapes and numbers, as text."""
-        numbers = [(own, path, _numbers(own, self.name)) for own, path, _ in self._numbers]
-        if not self._structure or numbers != self._numbers:
-            self._numbers = numbers
-            texts = [f"{slot.label}|{seen.dtype}|{tuple(seen.shape)}" for slot, seen in zip(self._slots, self._seen)]
-            texts += [f"{path}|{read!r}" for _, path, read in numbers]
-            self._structure = "\n".join(texts).encode()
-        return self._structure
-
     def _stands(self) -> bool:
-        for table, key, value, entries in self._steps:
-            if table.get(key) is not value or len(table) != entries:
-                return False
-        return all(table[key] is not None for _, table, key in self._slots)
+        """Whether every step leads where it led, and to a tensor."""
+        if not self._slots:
+            return False
+        tables, keys, found, entries = self._steps
+        return (
+            all(map(is_, map(dict.get, tables, keys), found))
+            and all(map(eq, map(len, tables), entries))
+            and not any(map(is_, map(dict.get, *self._slots[1:]), repeat(None)))
+        )
+
+    def _describe(self, lie: Lie, numbers: list[Any]) -> bytes:
+        """Names, dtypes, shapes and numbers, as text."""
+        texts = [
+            f"{label}|{dtype}|{tuple(shape)}" for label, dtype, shape in zip(self._slots[0], lie.dtypes, lie.shapes)
+        ]
+        texts += [f"{path}|{number!r}" for path, number in zip(self.layers, numbers)]
+        return "\n".join(sorted(texts)).encode()
 
     def _find(self) -> None:
-        self._steps, self._slots, self._numbers, self._structure = [], [], [], b""
+        slots: list[Slot] = []
+        steps: list[Step] = []
         for path in sorted(self.layers):
-            layer: Any = self.layers[path]
             found: list[Slot] = []
-            _find_owned(layer, self.name, "", found, self._steps)
-            self._slots += [slot._replace(label=f"{path}|{slot.label}") for slot in sorted(found, key=_label)]
-            self._numbers.append((layer.__dict__, path, None))
-        self._seen = [Seen(-1, None, None, (), None)] * len(self._slots)
+            _find_owned(self.layers[path], self.name, "", found, steps)
+            slots += [slot._replace(label=f"{path}|{slot.label}") for slot in sorted(found, key=_label)]
+        self._steps = list(zip(*steps)) or [()] * len(Step._fields)
+        self._slots = list(zip(*slots)) or [()] * len(Slot._fields)
+        self._known = None
 
 
 def adapter_tensors(layer: Any, name: str) -> list[tuple[str, Tensor]]:
@@ -158,18 +171,16 @@ def _by_column(label: str) -> bool:
     return "lora_B." in label
 
 
-def look_at(tensor: Tensor, by_column: bool) -> Seen:
-    """How the tensor lies, with its memory if the values lie there one after another in the order in which they are read.
+def memory(tensor: Tensor, by_column: bool) -> Any:
+    """The tensor's memory as a buffer, if the values lie there one after another in the order in which they are read.
 
     The buffer keeps nothing alive, and may be read while a tensor is at hand that lies there.
     """
-    stride = tensor.stride()
     in_order = tensor.mT if by_column and tensor.dim() == 2 else tensor
-    buffer = None
-    if tensor.is_cpu and in_order.is_contiguous() and tensor.numel():
-        # numpy's view of it would take longer to make than most adapters' tensors take to read
-        buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return Seen(tensor.data_ptr(), tensor.dtype, tensor.shape, stride, buffer)
+    if not (tensor.is_cpu and in_order.is_contiguous() and tensor.numel()):
+        return None
+    # numpy's view of it would take longer to make than most adapters' tensors take to read
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 def values(tensor: Tensor, by_column: bool = False) -> Any:
