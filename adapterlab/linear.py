@@ -1,6 +1,6 @@
 """A linear layer for the few rows of a decoding step, by whichever product this machine does fastest.
 
-x Wᵀ, (W xᵀ)ᵀ and the latter with W cut into one piece per thread are the same product. For one to some dozens of rows a
+x Wᵀ, (W xᵀ)ᵀ and x Wᵀ with W cut into one piece per thread are the same product. For one to some dozens of rows a
 BLAS may take twice as long for one as for another (a single vector is often multiplied by one thread alone), and which
 one depends on the processor and the shape: the first calls of each shape are timed, the rest follow the fastest.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _FEW = range(1, 65)  # rows
 _LARGE = 1 << 16  # weights below this many values are no work to speak of
-_TRIES = 3  # timed calls of each product; the best one counts
+_TRIES = 5  # timed calls of each product; their median counts
 
 
 Product = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -37,7 +38,7 @@ def turned(x: Tensor, weight: Tensor) -> Tensor:
 
 def shared_out(x: Tensor, weight: Tensor) -> Tensor:
     pieces = weight.view(torch.get_num_threads(), -1, weight.shape[1])
-    return torch.bmm(pieces, x.T.expand(len(pieces), -1, -1)).view(-1, len(x)).T.contiguous()
+    return torch.bmm(x.expand(len(pieces), -1, -1), pieces.mT).transpose(0, 1).reshape(len(x), -1)
 
 
 class Choice:
@@ -55,7 +56,7 @@ class Choice:
         y = product(x, weight)
         self.times[product].append(time.perf_counter() - started)
         if all(len(times) >= _TRIES for times in self.times.values()):
-            self.best = min(self.times, key=lambda p: min(self.times[p]))
+            self.best = min(self.times, key=lambda p: statistics.median(self.times[p]))
         return y
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapterlab.equation import Term, blend_obstacle, compute_dora, compute_term, is_dora
 from adapterlab.fingerprints import column_digest, tensors_digest
-from adapterlab.spans import Part, find_place, is_term, make_spans
+from adapterlab.spans import Part, Span, find_place, is_term, make_spans
 
 if TYPE_CHECKING:
     from adapterlab.columns import Column
@@ -50,11 +50,23 @@ class Rows:
         self.base, self.digests = base, digests or {}
         self.live = list(range(len(self.columns)))
         self._known: set[torch.Size] = set()  # shapes of inputs whose rows were told apart
-        self.layers = self._build(mounts)
+        self.layers = self._find(mounts)
+
+    def _find(self, mounts: Mounts) -> dict[str, RowLayer]:
+        """The layers of an earlier batch of these columns, if the weights are what they were, and new ones otherwise."""
+        names = sorted({name for column in self.columns for name in column.names})
+        weights = {"": self.base, **{name: self.digests.get(name, "") for name in names}}
+        batches = mounts.stacks.batches
+        layers = batches.find(tuple(self.columns), weights)
+        if layers is None or not all(layer.stands(mounts.sites[path].original) for path, layer in layers.items()):
+            layers = self._build(mounts, names)
+            batches.put(tuple(self.columns), weights, layers)
+        for layer in layers.values():
+            layer.begin(self)
+        return layers
 
     @torch.no_grad()
-    def _build(self, mounts: Mounts) -> dict[str, RowLayer]:
-        names = {name for column in self.columns for name in column.names}
+    def _build(self, mounts: Mounts, names: Sequence[str]) -> dict[str, RowLayer]:
         layers = {}
         for path in sorted({path for name in names for path in mounts.adapters[name].layers}):
             here = {name: mounts.adapters[name].layers[path] for name in names if path in mounts.adapters[name].layers}
@@ -65,7 +77,7 @@ class Rows:
                 [Part(self._term(mounts, path, name, m), *places[name]) for name, m in column.parts if name in here]
                 for column in self.columns
             ]
-            layers[path] = RowLayer(self, mounts.sites[path].original, parts)
+            layers[path] = RowLayer(mounts.sites[path].original, parts)
         return layers
 
     def _term(self, mounts: Mounts, path: str, name: str, multiplier: float) -> Term:
@@ -146,18 +158,40 @@ class RowLayer(nn.Module):
 
     rows: Rows
     base_layer: nn.Module
+    parts: list[list[Part]]  # of the live columns
+    spans: list[Span]
+    s_in: Tensor | None
+    s_out: Tensor | None
+    extra: Tensor | None
 
-    def __init__(self, rows: Rows, base_layer: nn.Module, parts: list[list[Part]]) -> None:
+    def __init__(self, base_layer: nn.Module, parts: list[list[Part]]) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.training = base_layer.training
-        self.parts = parts  # of the live columns
-        object.__setattr__(self, "rows", rows)
         terms = [[part.term for part in column] for column in parts]
-        self.s_in = _stack([[t.s_in for t in column if t.s_in is not None] for column in terms], 1.0, Tensor.mul_)
-        self.s_out = _stack([[t.s_out for t in column if t.s_out is not None] for column in terms], 1.0, Tensor.mul_)
-        self.extra = _stack([[t.bias for t in column if t.bias is not None] for column in terms], 0.0, Tensor.add_)
-        self.spans = make_spans(parts)
+        self._whole: dict[str, Any] = {
+            "parts": parts,
+            "spans": make_spans(parts),
+            "s_in": _stack([[t.s_in for t in column if t.s_in is not None] for column in terms], 1.0, Tensor.mul_),
+            "s_out": _stack([[t.s_out for t in column if t.s_out is not None] for column in terms], 1.0, Tensor.mul_),
+            "extra": _stack([[t.bias for t in column if t.bias is not None] for column in terms], 0.0, Tensor.add_),
+        }
+
+        self._pointers = self._where()
+
+    def _where(self) -> list[int]:
+        """Where the adapters' parameters lie."""
+        terms = [part.term for column in self._whole["parts"] for part in column]
+        return [side.data_ptr() for term in terms for side in (term.A, term.B) if side is not None]
+
+    def stands(self, base_layer: nn.Module) -> bool:
+        """Whether this layer still reads the parameters that it was made of, and stands in for `base_layer`."""
+        return self.base_layer is base_layer and self._where() == self._pointers
+
+    def begin(self, rows: Rows) -> None:
+        """A batch of all the columns is to run, `rows`."""
+        object.__setattr__(self, "rows", rows)
+        self.training = self.base_layer.training
+        self.__dict__.update(self._whole)  # not registered as modules or buffers: they are the adapters'
 
     @property
     def weight(self) -> Any:

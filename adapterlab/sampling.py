@@ -101,7 +101,8 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
 
         from adapterlab.kvcache import let_grow
 
-        let_grow(model_kwargs.get("past_key_values"))
+        longest = stopping_criteria.max_length
+        let_grow(model_kwargs.get("past_key_values"), longest and longest - 1)  # the last token is not read any more
         eos = generation_config._eos_token_tensor
         ends = set() if eos is None else set(eos.flatten().tolist())
         is_encoder_decoder = model.config.is_encoder_decoder
@@ -118,7 +119,7 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
             logprobs = (picked - logits.logsumexp(-1)).tolist()
             input_ids = torch.cat([input_ids, input_ids.new_tensor(tokens)[:, None]], dim=-1)
             halted = stopping_criteria(input_ids, None).tolist()
-            full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
+            full = longest is not None and input_ids.shape[1] >= longest
             for i, row in enumerate(live):
                 if row.finish_reason:
                     continue

@@ -96,8 +96,10 @@ def is_term(term: Term, A: Tensor, e: float | Tensor, B: Tensor) -> bool:
         scaled = e == term.e if isinstance(term.e, float) else False
     else:
         scaled = torch.equal(e[:r], torch.as_tensor(term.e, dtype=e.dtype, device=e.device).expand(r))
-    padding = A[r:].any() & B[r:].any() if len(A) > r else False
-    return scaled and not bool(padding) and _same(A[:r], term.A) and _same(B[:r], term.B.T)
+    if len(A) > r:
+        padding = A[r:].any() & B[r:].any()
+        return scaled and not bool(padding) and _same(A[:r], term.A) and _same(B[:r], term.B.T)
+    return scaled and _same(A, term.A) and _same(B, term.B.T)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PADDING = 1.25  # a stack may be this much larger than what lies in it
+_BATCHES = 8  # whose layers are kept
 
 
 @dataclass(eq=False)
@@ -46,14 +47,41 @@ class Stack:
         )
 
 
+class Batches:
+    """The layers of the last few batches (rows.py) by their columns, for as long as they read the same weights.
+
+    They hold views of the stacks, so all go when a stack is made or taken apart.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[Mapping[str, str], dict[str, Any]]] = {}
+
+    def find(self, columns: Any, weights: Mapping[str, str]) -> dict[str, Any] | None:
+        """The layers of these columns, if `weights` (name → digest) are what they were made of."""
+        made_of, layers = self._made.get(columns, (None, None))
+        return layers if made_of == weights and "" not in weights.values() else None
+
+    def put(self, columns: Any, weights: Mapping[str, str], layers: dict[str, Any]) -> None:
+        """Keep these layers, and no others that read other weights under the same names."""
+        alike = {
+            key: made
+            for key, made in self._made.items()
+            if key != columns and all(weights.get(name, digest) == digest for name, digest in made[0].items())
+        }
+        self._made = dict([*alike.items(), (columns, (weights, layers))][-_BATCHES:])
+
+    def clear(self) -> None:
+        self._made.clear()
+
+
 class Stacks:
     """The stacks of one lab's adapters, by the path of the layer. Not thread-safe: the lab holds the lock."""
 
     def __init__(self) -> None:
         self._at: dict[str, list[Stack]] = {}
-        self.norms: dict[
-            tuple[str, str], tuple[Any, Term]
-        ] = {}  # DoRA's terms by path and name, and whose weights made them
+        # DoRA's terms by path and name, and whose weights made them
+        self.norms: dict[tuple[str, str], tuple[Any, Term]] = {}
+        self.batches = Batches()
 
     def find(self, path: str, name: str, term: Term) -> tuple[Stack, int]:
         """Where the adapter's factors lie: a shared stack and the place in it, or a stack of one made of its own tensors."""
@@ -78,6 +106,7 @@ class Stacks:
             stack.holds(name, terms[name]) for stack in have for name in stack.names
         ):
             return
+        self.batches.clear()
         lent = {name for stack in have for name in stack.names}
         self._at[path] = [_build(group, terms) for group in groups]
         for name in lent & set(terms) - {name for group in groups for name in group}:
@@ -89,6 +118,7 @@ class Stacks:
 
         The adapter itself is in `layers` unless it has been deleted.
         """
+        self.batches.clear()
         self.norms = {key: kept for key, kept in self.norms.items() if key[1] != name}
         for path, stacks in list(self._at.items()):
             if not any(name in stack.names for stack in stacks):

@@ -76,12 +76,13 @@ def test_layers_are_afterwards_as_they_were_and_some_are_left_alone() -> None:
     assert ["forward" in layer.__dict__ for layer in model] == [False, False, False, True]
 
 
-def test_growing_layers_hold_what_transformers_own_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [None, 6, 10, 16, 40])
+def test_growing_layers_hold_what_transformers_own_hold(most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapterlab.kvcache._ROOM", 3)
     model = standins.tiny_llama().eval()
     ids = torch.randint(3, 60, (3, 5))
     plain, growing = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    let_grow(growing)
+    let_grow(growing, most)
     assert all(type(layer) is GrowingLayer for layer in growing.layers)
     keep = {2: torch.tensor([0, 2]), 7: torch.tensor([1])}
     with torch.no_grad():
@@ -108,6 +109,15 @@ def test_a_token_is_appended_without_copying_the_text() -> None:
         keys, values = layer.update(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
     assert keys.data_ptr() == lying
     assert keys.shape == values.shape == (2, 4, 110, 8)
+
+
+def test_no_room_is_kept_beyond_the_end_of_the_text() -> None:
+    layer = GrowingLayer(most=14)
+    for new in (10, 1, 1, 1, 1):
+        layer.update(torch.randn(2, 4, new, 8), torch.randn(2, 4, new, 8))
+        assert layer.keys.untyped_storage().nbytes() == 2 * 4 * 14 * 8 * 4
+    layer.update(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8))
+    assert layer.keys.shape == (2, 4, 15, 8), "whoever said 14 was wrong, and nothing is lost"
 
 
 def test_a_cache_that_holds_text_or_is_of_another_kind_is_left_alone() -> None:

@@ -124,16 +124,16 @@ def test_exchanged_rows_are_noticed_by_digest_and_verify(
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
         lab.load_adapter(standins.write_adapter(tmp_path / name, standins.tiny_llama(), config, seed=seed), name)
     honest = lab.compare("Hello", max_new_tokens=6)
-    build = Rows._build
+    find = Rows._find
 
     def mixed_up(self: Rows, mounts: Any) -> Any:
-        layers = build(self, mounts)
+        layers = find(self, mounts)
         for layer in layers.values():
             (span,) = layer.spans
             span.A, span.B = span.A.flip(0), span.B.flip(0)
         return layers
 
-    monkeypatch.setattr(Rows, "_build", mixed_up)
+    monkeypatch.setattr(Rows, "_find", mixed_up)
     lab.clear_cache()
     swapped = lab.compare("Hello", max_new_tokens=6)
     assert swapped["left"].text == honest["right"].text, "the swap really changed who speaks"

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from adapterlab import AdapterLab
+from adapterlab.rows import Rows
 
 PATH = "model.layers.0.self_attn.q_proj"
 
@@ -50,6 +51,70 @@ def test_nothing_is_stacked_again_while_nothing_changes(three: AdapterLab) -> No
     three.set_adapter("b")
     three.compare("And again", ["b", "a"], max_new_tokens=2)
     assert storages(three, "a") == storages(three, "b") == storages(three, "c") == lying
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every time that a batch's layers are made anew, their columns."""
+    made: list[Any] = []
+    original = Rows._build
+
+    def counting(self: Rows, *args: Any) -> Any:
+        made.append([column.label for column in self.columns])
+        return original(self, *args)
+
+    monkeypatch.setattr(Rows, "_build", counting)
+    return made
+
+
+def test_the_layers_of_a_batch_stay_while_weights_and_columns_do(three: AdapterLab, built: list[Any]) -> None:
+    def compare(prompt: Any, columns: Any = None) -> None:
+        three.clear_cache()
+        three.compare(prompt, columns, max_new_tokens=2)
+
+    for prompt in ("Hello", "Hello again", ["And", "again"]):
+        compare(prompt)
+    assert len(built) == 1
+    compare("Hello", ["a", "b"])
+    compare("Hello", ["a", {"b": 0.5}])
+    assert len(built) == 3, "other columns"
+    factors(three, "b")[0].data[0, 0] += 1
+    compare("Hello", ["a", {"b": 0.5}])
+    assert len(built) == 4, "another weight"
+    three.delete_adapter("c")
+    compare("Hello", ["a", {"b": 0.5}])
+    assert len(built) == 5, "the stacks were made anew"
+
+
+def test_columns_that_left_are_in_the_next_batch_again(three: AdapterLab, built: list[Any]) -> None:
+    whole = three.compare("Hello", max_new_tokens=8)
+    end = int(whole["a"].token_ids[1])
+    for _ in range(2):
+        three.clear_cache()
+        shorter = three.compare("Hello", max_new_tokens=8, eos_token_id=[2, end])
+        assert shorter["a"].new_tokens <= 2
+    three.clear_cache()
+    again = three.compare("Hello", max_new_tokens=8)
+    assert len(built) == 1
+    assert [g.token_ids for g in again.generations] == [g.token_ids for g in whole.generations]
+    assert three.verify(again)["agrees"].all()
+
+
+@pytest.mark.parametrize("again", ["in place", "elsewhere"])
+def test_parameters_that_lie_elsewhere_are_what_the_next_batch_reads(three: AdapterLab, again: str) -> None:
+    first = three.compare("Hello", max_new_tokens=4)
+    A, _ = factors(three, "b")
+    lay = A.data
+    A.data = lay.clone()  # of equal content, so no digest tells
+    if again == "in place":
+        A.data.mul_(3)
+    lay.mul_(5)  # the place that the parameter left
+    three.clear_cache()
+    comparison = three.compare("Hello", max_new_tokens=4)
+    assert (comparison["b"].weights_digest == first["b"].weights_digest) is (again == "elsewhere")
+    with three.using("b") as model:
+        out = model.generate(torch.tensor([comparison.prompt_ids[0]]), max_new_tokens=4, do_sample=False)
+    assert list(comparison["b"].token_ids) == out[0, len(comparison.prompt_ids[0]) :].tolist()
 
 
 def test_a_column_alone_is_not_stacked(three: AdapterLab) -> None:
