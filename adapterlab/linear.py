@@ -8,7 +8,6 @@ one depends on the processor and the shape: the first calls of each shape are ti
 from __future__ import annotations
 
 import contextlib
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,21 +23,32 @@ _FEW = range(1, 65)  # rows
 _LARGE = 1 << 16  # weights below this many values are no work to speak of
 _TRIES = 5  # timed calls of each product; their median counts
 
-
-Product = Callable[["Tensor", "Tensor"], "Tensor"]
-
-
-def usual(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight.T
+Product = Callable[["Tensor", "Tensor", "Tensor | None"], "Tensor"]  # x: (…, in), weight: (out, in), bias → (…, out)
+usual: Product = nn.functional.linear
 
 
-def turned(x: Tensor, weight: Tensor) -> Tensor:
-    return (weight @ x.T).T.contiguous()
+def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = (weight @ x.reshape(-1, x.shape[-1]).T).T.contiguous()
+    return _finished(y, x, bias)
 
 
-def shared_out(x: Tensor, weight: Tensor) -> Tensor:
-    pieces = weight.view(torch.get_num_threads(), -1, weight.shape[1])
-    return torch.bmm(x.expand(len(pieces), -1, -1), pieces.mT).transpose(0, 1).reshape(len(x), -1)
+def shared_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    pieces = weight.view(_pieces(weight), -1, weight.shape[1])
+    rows = x.reshape(1, -1, x.shape[-1])
+    y = torch.bmm(rows.expand(len(pieces), -1, -1), pieces.mT).transpose(0, 1).reshape(rows.shape[1], -1)
+    return _finished(y, x, bias)
+
+
+def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], -1)
+
+
+def _pieces(weight: Tensor) -> int:
+    """One for each thread, or 1 if the weight can't be cut evenly."""
+    threads = torch.get_num_threads()
+    return threads if len(weight) % threads == 0 and weight.is_contiguous() else 1
 
 
 class Choice:
@@ -48,12 +58,12 @@ class Choice:
         self.times: dict[Product, list[float]] = {product: [] for product in products}
         self.best: Product | None = None
 
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.best is not None:
-            return self.best(x, weight)
+            return self.best(x, weight, bias)
         product = min(self.times, key=lambda p: len(self.times[p]))
         started = time.perf_counter()
-        y = product(x, weight)
+        y = product(x, weight, bias)
         self.times[product].append(time.perf_counter() - started)
         if all(len(times) >= _TRIES for times in self.times.values()):
             self.best = min(self.times, key=lambda p: statistics.median(self.times[p]))
@@ -61,29 +71,31 @@ class Choice:
 
 
 def products_for(weight: Tensor) -> list[Product]:
-    """Those that can be: a weight is shared out only evenly, and to more than one."""
-    threads = torch.get_num_threads()
-    even = threads > 1 and len(weight) % threads == 0 and weight.is_contiguous()
-    return [usual, turned, shared_out] if even else [usual, turned]
+    """Those that differ: a weight is shared out only evenly, and to more than one."""
+    return [usual, turned, shared_out] if _pieces(weight) > 1 else [usual, turned]
 
 
 _choices: dict[tuple[Any, ...], Choice] = {}
 
 
-def forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """What `module.forward(x)` gives, to rounding."""
-    weight = module.weight
-    rows = x.numel() // x.shape[-1]
-    if rows not in _FEW or x.dtype != weight.dtype:
-        return nn.functional.linear(x, weight, module.bias)
-    key = (rows, weight.shape, weight.dtype, torch.get_num_threads())
-    choice = _choices.get(key)
-    if choice is None:
-        choice = _choices[key] = Choice(products_for(weight))
-    y = choice.multiply(x.reshape(rows, -1), weight)
-    if module.bias is not None:
-        y += module.bias
-    return y.view(*x.shape[:-1], -1)
+class FewRows:
+    """Stands in for the `forward` of one `nn.Linear`: what that gives, to rounding."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.parameters = module._parameters
+        self.choices: dict[int, Choice] = {}  # by number of rows: those that this layer has met
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Any = self.parameters["weight"]
+        bias: Any = self.parameters["bias"]
+        rows = x.numel() // x.shape[-1]
+        if rows not in _FEW or x.dtype != weight.dtype:
+            return usual(x, weight, bias)
+        choice = self.choices.get(rows)
+        if choice is None:
+            key = (rows, weight.shape, weight.dtype, torch.get_num_threads())
+            choice = self.choices[rows] = _choices.setdefault(key, Choice(products_for(weight)))
+        return (choice.best or choice.multiply)(x, weight, bias)
 
 
 @contextlib.contextmanager
@@ -101,7 +113,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
         and module.weight.numel() >= _LARGE
     ]
     for module in chosen:
-        module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
+        module.forward = FewRows(module)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -116,6 +116,8 @@ class Rows:
             if rest or positions not in self.lengths or (x.dim() > 2 and x.shape[0] != rows):
                 raise RowsError(f"an input of shape {tuple(x.shape)} does not hold {rows} rows")
             self._known.add(x.shape)
+        if x.dim() == 3 and x.shape[0] == len(self.live):
+            return x
         return x.reshape(len(self.live), -1, x.shape[-1])
 
     @torch.no_grad()
@@ -249,12 +251,14 @@ class RowLayer(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows.split(x)
         inner = x if self.s_in is None else (rows * self.s_in).to(x.dtype).reshape(x.shape)
-        y = self.base_layer(inner, *args, **kwargs)
+        y: Tensor = self._modules["base_layer"](inner, *args, **kwargs)  # type: ignore[misc]  # found faster than by name
         if not y.is_contiguous():
             y = y.contiguous()
-        out = y.view(len(rows), -1, y.shape[-1])
+        out = y if rows is x else y.view(rows.shape[0], -1, y.shape[-1])
         for span in self.spans:
-            part, mine = out[span.first : span.end], rows[span.first : span.end]
+            part, mine = out, rows
+            if len(span.A) < rows.shape[0]:
+                part, mine = out[span.first : span.end], rows[span.first : span.end]
             low = torch.bmm(mine.to(span.A.dtype), span.A.mT)
             alpha = 1.0
             if isinstance(span.e, float):
