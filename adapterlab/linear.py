@@ -33,9 +33,10 @@ def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def shared_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    pieces = weight.view(_pieces(weight), -1, weight.shape[1])
+    count = _pieces(weight)
     rows = x.reshape(1, -1, x.shape[-1])
-    y = torch.bmm(rows.expand(len(pieces), -1, -1), pieces.mT).transpose(0, 1).reshape(rows.shape[1], -1)
+    y = torch.bmm(rows.expand(count, -1, -1), weight.view(count, -1, weight.shape[1]).mT)
+    y = y.transpose(0, 1).reshape(rows.shape[1], -1)
     return _finished(y, x, bias)
 
 
@@ -48,7 +49,7 @@ def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 def _pieces(weight: Tensor) -> int:
     """One for each thread, or 1 if the weight can't be cut evenly."""
     threads = torch.get_num_threads()
-    return threads if len(weight) % threads == 0 and weight.is_contiguous() else 1
+    return threads if weight.shape[0] % threads == 0 and weight.is_contiguous() else 1
 
 
 class Choice:

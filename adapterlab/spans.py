@@ -91,12 +91,12 @@ def is_term(term: Term, A: Tensor, e: float | Tensor, B: Tensor) -> bool:
     """Whether these factors, as a span holds them, are the term's: the same memory, or the same values."""
     assert term.A is not None  # the caller asked
     assert term.B is not None
-    r = len(term.A)
+    r = term.A.shape[0]
     if isinstance(e, float):
         scaled = e == term.e if isinstance(term.e, float) else False
     else:
         scaled = torch.equal(e[:r], torch.as_tensor(term.e, dtype=e.dtype, device=e.device).expand(r))
-    if len(A) > r:
+    if A.shape[0] > r:
         padding = A[r:].any() & B[r:].any()
         return scaled and not bool(padding) and _same(A[:r], term.A) and _same(B[:r], term.B.T)
     return scaled and _same(A, term.A) and _same(B, term.B.T)
