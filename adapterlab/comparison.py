@@ -208,6 +208,9 @@ class Comparison:
         from adapterlab.storage import write_text
 
         self._fill_base_logprobs()
+        return write_text(Path(path), self._json())
+
+    def _json(self) -> str:
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -219,7 +222,7 @@ class Comparison:
             "prompt_ids": self.prompt_ids,
             "generations": [_plain(asdict(g)) for g in self.generations],
         }
-        return write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
+        return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,39 @@ def base_dtype(adapters: Adapters) -> str:
 def dtype_label(dtype: str) -> str:
     """torch's name as people say it: `float32` → `fp32`."""
     return _DTYPES.get(dtype, dtype)
+
+
+def linear_shapes(model: Any) -> dict[str, list[tuple[int, int]]]:
+    """What `target_modules` can name: last name of each linear layer → (in_features, out_features) of all so called.
+
+    Adapters that are mounted count as the layers they stand in for. Sorted by name; nothing is changed.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        sizes: Any = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        if type(module).__name__ == "Conv1D":
+            sizes = tuple(module.weight.shape)
+        if all(isinstance(size, int) for size in sizes) and not _inside_an_adapter(path):
+            found.setdefault(name, []).append(sizes)
+    return dict(sorted(found.items()))
+
+
+def _inside_an_adapter(path: str) -> bool:
+    return any(part == "base_layer" or part.startswith(("lora_", "ia3_")) for part in path.split("."))
+
+
+def count_new_parameters(method: str, r: int, shapes: Iterable[tuple[int, int]]) -> int:
+    """Parameters that a fresh adapter would train on linear layers of these (in, out) shapes.
+
+    lora: r·(in + out); adalora: r·(in + out + 1); ia3: out, as it is where nothing is said of feedforward_modules.
+    """
+    each = {
+        "lora": lambda n_in, n_out: r * (n_in + n_out),
+        "adalora": lambda n_in, n_out: r * (n_in + n_out + 1),
+        "ia3": lambda n_in, n_out: n_out,
+    }[method]
+    return sum(each(n_in, n_out) for n_in, n_out in shapes)
 
 
 def summary_frame(adapters: Adapters) -> pd.DataFrame:

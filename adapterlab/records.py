@@ -22,6 +22,7 @@ class AdapterInfo:
 
     `status`: *untrained* (changes nothing), *random weights* (as it was drawn), *loaded* (as its file),
     *trained here* (changed in this lab and saved), *unsaved* (changed in this lab, on no disk).
+    `multiplier_obstacle`: why multipliers other than 0 and 1, and blends, have no meaning for it; "" if they have.
     """
 
     name: str
@@ -33,6 +34,7 @@ class AdapterInfo:
     source: str
     status: str
     peft_config: PeftConfig = field(repr=False)
+    multiplier_obstacle: str = field(default="", repr=False)
 
 
 @dataclass

@@ -35,13 +35,19 @@ def comparison_page(comparison: Comparison) -> str:
     )
 
 
-def mark_words(text: str, base: str) -> str:
-    """`text` escaped, with the runs of words that `base` does not have at that place inside <ins>."""
+def mark_words(text: str, base: str, *, removed: bool = False) -> str:
+    """`text` escaped, with the runs of words that `base` does not have at that place inside <ins>.
+
+    removed: also show, inside <del>, what base said there instead.
+    """
     mine, theirs = re.findall(r"\S+\s*", text), re.findall(r"\S+\s*", base)
     plain = difflib.SequenceMatcher(None, [w.strip() for w in theirs], [w.strip() for w in mine], autojunk=False)
     pieces = []
-    for tag, _, _, start, end in plain.get_opcodes():
+    for tag, was, until, start, end in plain.get_opcodes():
+        gone = escape("".join(theirs[was:until]).rstrip())
         words = escape("".join(mine[start:end]))
+        if removed and gone and tag in ("replace", "delete"):
+            pieces.append(f"<del>{gone} </del>")
         if words and tag in ("replace", "insert"):
             bare = words.rstrip()
             words = f"<ins>{bare}</ins>{words[len(bare) :]}"

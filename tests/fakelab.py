@@ -13,6 +13,9 @@ import pandas as pd
 from adapterlab.columns import BASE, Column
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
+from adapterlab.preflight import Preflight
+
+HOSTILE = '<img src=x onerror="window.hacked=1"></div><script>window.hacked=1</script>&amp;'
 
 BASE_PARAMETERS = 134_515_008
 
@@ -28,12 +31,16 @@ class FakeLab:
     ) -> None:
         self.name = name
         self.tokenizer = SimpleNamespace(chat_template=None)
+        layers = {f"layers.{i}.{name}": (64, out) for i in range(3) for name, out in (("q_proj", 64), ("v_proj", 16))}
+        modules = [(path, SimpleNamespace(in_features=n_in, out_features=out)) for path, (n_in, out) in layers.items()]
+        self.model = SimpleNamespace(named_modules=lambda: modules)
         self.adapters: dict[str, Any] = {}
         self.selection, self.enabled, self.closed = Column(), True, False
         self.history: list[Comparison] = []
         self.answers: dict[str, str] = {}
         self.calls: list[tuple[str, Any]] = []
         self.gate: threading.Semaphore | None = None
+        self.flight = Preflight("someone/poet", "LORA", 60, 60, 460_800)
         self.fail_with: Exception | None = None
         self.said = threading.Event()
         self._stopped = threading.Event()
@@ -111,6 +118,19 @@ class FakeLab:
             self.selection = Column()
         self._emit("adapters")
 
+    def save_adapter(self, name: str, folder: str) -> None:
+        self._called("save_adapter", name, folder)
+        self.adapters[name].status = "trained here"
+        self._emit("adapters")
+
+    def check_adapter(self, source: str) -> Preflight:
+        self._called("check_adapter", source)
+        return self.flight
+
+    def find_adapters(self) -> pd.DataFrame:
+        self._called("find_adapters")
+        return pd.DataFrame({"repo_id": ["someone/poet", HOSTILE], "downloads": [12345, 1]})
+
     def stop(self) -> None:
         self._stopped.set()
         if self.gate:
@@ -124,15 +144,17 @@ class FakeLab:
         self._stopped.clear()
         columns = [None, *self.adapters] if columns is None else columns
         self._called("compare", prompt, [Column.of(column).label for column in columns], settings)
-        generations = [self._say(prompt, Column.of(column), on_token) for column in columns]
+        generations = [self._say(str(prompt), Column.of(column), on_token) for column in columns]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         comparison = Comparison(
-            prompts=[prompt],
-            rendered=[prompt],
+            prompts=[text],
+            rendered=[text],
             prompt_ids=[(1, 2)],
             settings=settings,
             model={"name": self.name},
             generations=generations,
         )
+        comparison._score = lambda c: [tuple(-2.0 * i for i in range(g.new_tokens)) for g in c.generations]
         self.history.append(comparison)
         self._emit("history")
         return comparison
@@ -171,7 +193,13 @@ class FakeLab:
 
     def _attach(self, name: str, method: str, r: int | None, parameters: int, status: str) -> None:
         self.adapters[name] = SimpleNamespace(
-            name=name, method=method, r=r, parameters=parameters, bytes=4 * parameters, status=status
+            name=name,
+            method=method,
+            r=r,
+            parameters=parameters,
+            bytes=4 * parameters,
+            status=status,
+            multiplier_obstacle="",
         )
 
     def _called(self, name: str, *arguments: Any) -> None:

@@ -56,9 +56,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def card_texts(page: Page) -> dict[str, str]:
-    """The text on screen in each column, by the column's heading."""
+    """The text on screen in each column, what base said instead left out, by the column's heading."""
+    said = "text => { const copy = text.cloneNode(true); copy.querySelectorAll('del').forEach(word => word.remove()); "
     cards = page.locator(".alab-card")
-    return {card.get_by_role("heading").inner_text(): card.locator(".alab-text").inner_text() for card in cards.all()}
+    return {
+        card.get_by_role("heading").inner_text(): card.locator(".alab-text").evaluate(
+            said + "return copy.textContent }"
+        )
+        for card in cards.all()
+    }
 
 
 def wait_until_done(page: Page) -> None:

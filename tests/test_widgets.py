@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import html
+import io
+import random
 import re
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
-from fakelab import BASE_PARAMETERS, FakeLab
+from fakelab import BASE_PARAMETERS, HOSTILE, FakeLab
 
 from adapterlab.columns import Column
 from adapterlab.errors import AdapterLabError
+from adapterlab.inspection import people_bytes, people_count
 from adapterlab.widgets import Panel, build_panel
 from adapterlab.widgets.columns import ColumnsView, hue_of
-from adapterlab.widgets.compat import label_text
+from adapterlab.widgets.compat import label_text, needs_foreground
 from adapterlab.widgets.forms import EXAMPLE_ID
 from adapterlab.widgets.state import PanelState, short_share
 
-HOSTILE = '<img src=x onerror="window.hacked=1"></div><script>window.hacked=1</script>&amp;'
+CALLS = [
+    "set_adapter",
+    "enable_adapters",
+    "disable_adapters",
+    "load_adapter",
+    "add_adapter",
+    "delete_adapter",
+    "save_adapter",
+]
+
+
+def as_said(call: tuple[str, Any]) -> tuple[str, Any]:
+    """A call as the fake lab notes it, columns as columns, and without the settings that do nothing."""
+    name, arguments = call
+    if name == "set_adapter":
+        return name, Column.of(arguments[0])
+    if name == "compare":
+        return name, (*arguments[:2], {key: value for key, value in arguments[2].items() if value})
+    return call
 
 
 @pytest.fixture
@@ -39,8 +67,11 @@ def press_enter(panel: Panel) -> None:
 
 
 def texts(panel: Panel) -> dict[str, str]:
-    """What each card's body shows, tags left out."""
-    return {label: re.sub(r"<[^>]*>", "", card.body.value) for label, card in panel.columns.cards.items()}
+    """What each card's body shows, tags and what base said instead left out."""
+    return {
+        label: re.sub(r"<[^>]*>", "", re.sub(r"<del>.*?</del>", "", card.body.value))
+        for label, card in panel.columns.cards.items()
+    }
 
 
 class TestFirstScreen:
@@ -105,6 +136,39 @@ class TestPanelToLab:
         settings = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 1.0, "top_k": 0, "seed": 7}
         assert lab.calls == [("compare", ("Why?", ["base", "pirate × 0.5"], settings))]
         assert texts(panel) == {g.column: g.text for g in lab.last.generations}
+
+    def test_a_prompt_of_several_lines_gets_a_box_of_several_lines(self, panel: Panel, lab: FakeLab) -> None:
+        box = panel.prompt
+        assert box.lines.layout.display == "none"
+        box.several.value = True
+        assert box.text.layout.display == "none"
+        box.lines.value = "one\n  two"
+        box.generate.click()
+        lab.wait()
+        assert lab.calls[0][1][0] == "one\n  two"
+        box.several.value = False
+        assert box.several.value, "one line can't hold it"
+        box.lines.value = "one"
+        box.several.value = False
+        assert box.text.value == "one"
+        assert box.text.layout.display is None
+
+    def test_a_system_turn_makes_chat_messages(self, lab: FakeLab) -> None:
+        lab.tokenizer.chat_template = "there is one"
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        panel.prompt.text.value = "Why?"
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.prompt.system.value = "Be brief."
+        panel.prompt.generate.click()
+        lab.wait()
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+        assert [arguments[0] for name, arguments in lab.calls] == ["Why?", messages]
+        assert f"lab.compare(\n    {messages!r}," in panel.state.code
+        panel.close()
+
+    def test_without_a_chat_template_there_is_no_system_turn(self, panel: Panel, lab: FakeLab) -> None:
+        assert panel.prompt.system_fold.button.layout.display == "none"
 
     def test_enter_generates(self, panel: Panel, lab: FakeLab) -> None:
         press_enter(panel)
@@ -176,6 +240,34 @@ class TestPanelToLab:
         assert not lab.enabled
         assert panel.header.switch.description == "Adapters off"
 
+    def test_check_says_the_verdict_and_touches_nothing(self, panel: Panel, lab: FakeLab) -> None:
+        panel.load_form.source.value = "someone/poet"
+        panel.load_form.check.click()
+        lab.wait()
+        assert lab.calls == [("check_adapter", ("someone/poet",))]
+        assert "someone/poet fits: LoRA, 461 k parameters, 60 of 60 tensors." in panel.notice.html.value
+        lab.flight.problems.append("It is of another base.")
+        panel.load_form.check.click()
+        lab.wait()
+        assert "someone/poet does not fit: It is of another base." in panel.notice.html.value
+        panel.load_form.source.value = " "
+        panel.load_form.check.click()
+        assert "Which adapter?" in panel.notice.html.value
+        assert len(lab.calls) == 2
+
+    def test_what_the_hub_has_can_be_chosen(self, panel: Panel, lab: FakeLab) -> None:
+        form = panel.load_form
+        assert form.found.layout.display == "none"
+        form.find.click()
+        lab.wait()
+        assert form.found.options[1] == ("someone/poet · 12,345 downloads", "someone/poet")
+        form.found.value = "someone/poet"
+        assert form.source.value == "someone/poet"
+        lab.fail_with = AdapterLabError("The Hub can't be asked.")
+        form.find.click()
+        lab.wait()
+        assert "The Hub can't be asked." in html.unescape(panel.notice.html.value)
+
     def test_load_without_a_source_says_so_and_calls_nothing(self, panel: Panel, lab: FakeLab) -> None:
         panel.load_form.button.click()
         assert lab.calls == []
@@ -189,17 +281,58 @@ class TestPanelToLab:
         self, panel: Panel, lab: FakeLab, method: str, expected: dict[str, int]
     ) -> None:
         form = panel.add_form
-        form.method.value, form.name.value, form.r.value, form.targets.value = (
-            method,
-            "mine",
-            4,
-            "q_proj, v_proj,",
-        )
+        form.method.value, form.name.value, form.r.value = method, "mine", 4
+        form.targets.value = ("q_proj", "v_proj")
         form.button.click()
         lab.wait()
         config = {**expected, "target_modules": ["q_proj", "v_proj"]}
         assert lab.calls == [("add_adapter", (method, "mine", config))]
         assert "untrained" in panel.rows.by_name["mine"].facts.value
+
+    @pytest.mark.parametrize(
+        ("method", "targets", "expected"),
+        [  # three layers of each name, 64 → 64 and 64 → 16
+            ("lora", ["q_proj", "v_proj"], 3 * 4 * (64 + 64 + 64 + 16)),
+            ("lora", ["v_proj"], 3 * 4 * (64 + 16)),
+            ("adalora", ["v_proj"], 3 * 4 * (64 + 16 + 1)),
+            ("ia3", ["q_proj", "v_proj"], 3 * (64 + 16)),
+        ],
+    )
+    def test_the_size_of_what_would_be_added_is_said_at_once(
+        self, panel: Panel, method: str, targets: list[str], expected: int
+    ) -> None:
+        form = panel.add_form
+        assert form.targets.options == ("q_proj", "v_proj")
+        form.method.value, form.r.value, form.targets.value = method, 4, tuple(targets)
+        assert f"{', '.join(targets)}: {people_count(expected)} parameters" in form.size.value
+        assert people_bytes(4 * expected) in form.size.value
+
+    def test_save_goes_into_the_folder_and_says_so(self, panel: Panel, lab: FakeLab) -> None:
+        form = panel.save_form
+        assert [value for _, value in form.name.options] == ["pirate", "robot"]
+        form.name.value = "robot"
+        assert form.folder.value == "adapters/robot"
+        form.folder.value = " here/it is "
+        form.button.click()
+        lab.wait()
+        assert lab.calls == [("save_adapter", ("robot", "here/it is"))]
+        assert "saved in 'here/it is'" in html.unescape(panel.notice.html.value)
+        assert "trained here" in panel.rows.by_name["robot"].facts.value
+
+    def test_save_without_a_folder_says_so(self, panel: Panel, lab: FakeLab) -> None:
+        panel.save_form.folder.value = ""
+        panel.save_form.button.click()
+        assert lab.calls == []
+        assert "Give a folder" in panel.notice.html.value
+
+    def test_a_multiplier_without_a_meaning_can_t_be_moved_and_says_why(self, panel: Panel, lab: FakeLab) -> None:
+        lab.adapters["pirate"].multiplier_obstacle = "Dora is no plain ΔW that could be scaled"
+        lab._emit("adapters")
+        slider = panel.rows.by_name["pirate"].multiplier
+        assert slider.disabled
+        assert slider.description == "fixed at"
+        assert "no plain ΔW" in (slider.tooltip if slider.has_trait("tooltip") else slider.description_tooltip)
+        assert not panel.rows.by_name["robot"].multiplier.disabled
 
     def test_an_empty_target_field_leaves_the_choice_to_peft(self, panel: Panel, lab: FakeLab) -> None:
         panel.add_form.button.click()
@@ -332,6 +465,52 @@ class TestWhileGenerating:
         assert lab.last["base"].finish_reason == "stopped"
 
 
+class TestForeground:
+    """Colab shows nothing that comes from another thread, so there the work runs where the click is handled."""
+
+    @pytest.fixture
+    def front(self, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Panel]:
+        monkeypatch.setenv("ADAPTERLAB_FOREGROUND", "1")
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        yield panel
+        panel.close()
+
+    def test_colab_is_recognised(self, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert not needs_foreground()
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+        assert needs_foreground()
+
+    def test_everything_happens_in_the_thread_of_the_click(self, front: Panel, lab: FakeLab) -> None:
+        threads: set[str] = set()
+        front.columns.title.observe(lambda _: threads.add(threading.current_thread().name), "value")
+        before = threading.active_count()
+        front.prompt.text.value = "Another?"
+        front.prompt.generate.click()
+        assert texts(front) == {g.column: g.text for g in lab.last.generations}
+        assert threads == {threading.current_thread().name}
+        front.use("pirate")
+        assert lab.selection == Column.of("pirate")
+        assert front.state.busy == ""
+        assert threading.active_count() == before
+        lab.wait()
+
+    def test_it_says_how_to_stop_and_an_interrupt_does(self, front: Panel, lab: FakeLab) -> None:
+        said: list[str] = []
+
+        def interrupted(*args: Any, **kwargs: Any) -> None:
+            said.append(front.notice.html.value)
+            assert front.prompt.stop.disabled
+            raise KeyboardInterrupt
+
+        lab.compare = interrupted  # type: ignore[method-assign,assignment]
+        front.prompt.generate.click()
+        assert "Interrupt execution" in said[0]
+        assert "Interrupted" in front.notice.html.value
+        assert front.state.busy == ""
+        assert not front.prompt.generate.disabled
+        lab.wait()
+
+
 def test_stop_before_the_lab_listens_still_stops(panel: Panel, lab: FakeLab) -> None:
     lab.gate = threading.Semaphore(0)
     lab.answers["base"] = "one two three four"
@@ -375,6 +554,190 @@ class TestResult:
         assert texts(panel)["robot"] == lab.last["robot"].text
 
 
+class TestMarks:
+    def test_words_that_differ_from_base_are_set_off_and_those_of_base_struck_out(
+        self, panel: Panel, lab: FakeLab
+    ) -> None:
+        lab.answers = {"base": "the sky is <b> blue", "pirate": "the sea is <b> deep and blue"}
+        panel.prompt.generate.click()
+        lab.wait()
+        body = panel.columns.cards["pirate"].body.value
+        assert "the <del>sky </del><ins>sea</ins> is &lt;b&gt; <ins>deep and</ins> blue" in body
+        assert not re.search("<(ins|del)>", panel.columns.cards["base"].body.value)
+        panel.results.marks.value = "none"
+        assert not re.search("<(ins|del)>", panel.columns.cards["pirate"].body.value)
+
+    def test_likelihood_shades_tokens_with_the_numbers_on_hover_and_in_a_table(
+        self, panel: Panel, lab: FakeLab
+    ) -> None:
+        lab.answers = {"pirate": "a <i>b"}
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.results.marks.value = "likelihood"
+        lab.wait()
+        assert panel.state.marks == "likelihood"
+        card = panel.columns.cards["pirate"]
+        # the fake's logprobs are 0, and its base's -2 for each place: likelier by 0 and 2 nats
+        assert (
+            'style="--alab-shade:0.25" title="+2.00 nats: 0.00 here, -2.00 under base"> &lt;i&gt;b</span>'
+            in card.body.value
+        )
+        assert re.sub("<[^>]*>", "", card.body.value) == "a &lt;i&gt;b"
+        assert "<td>2</td><td><code> &lt;i&gt;b</code></td><td>0.00</td><td>-2.00</td><td>+2.00</td>" in card.foot.value
+        panel.prompt.generate.click()
+        lab.wait()
+        assert "alab-likelier" in panel.columns.cards["pirate"].body.value, "the next answers are read at once"
+
+    def test_marks_that_need_the_model_are_refused_while_it_runs(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.generate.click()
+        lab.wait()
+        lab.gate = threading.Semaphore(0)
+        panel.prompt.generate.click()
+        assert panel.results.marks.disabled
+        panel.mark("likelihood")
+        assert "still generating" in panel.notice.html.value
+        assert panel.results.marks.value == panel.state.marks == "words"
+        lab.gate.release(100)
+
+
+class TestHistory:
+    def test_earlier_comparisons_can_be_shown_again_with_their_own_columns(self, panel: Panel, lab: FakeLab) -> None:
+        assert panel.results.history.disabled
+        panel.prompt.text.value = "First?"
+        panel.rows.by_name["robot"].compare.value = False
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.rows.by_name["robot"].compare.value = True
+        panel.prompt.text.value = "Second?"
+        panel.prompt.generate.click()
+        lab.wait()
+        titles = [title for title, _ in panel.results.history.options]
+        assert titles == ["2 · Second? · base, pirate, robot", "1 · First? · base, pirate"]
+        assert list(panel.columns.cards) == ["base", "pirate", "robot"]
+        panel.results.history.value = 0
+        assert list(panel.columns.cards) == ["base", "pirate"]
+        assert "First?" in panel.columns.title.value
+        assert texts(panel) == {g.column: g.text for g in lab.history[0].generations}
+
+    def test_what_python_compared_shows_in_every_panel(self, panel: Panel, lab: FakeLab) -> None:
+        other = build_panel(lab)  # type: ignore[arg-type]
+        lab.compare("From a cell", [None, {"pirate": 0.25}], on_token=lambda event: None)
+        for each in (panel, other):
+            assert list(each.columns.cards) == ["base", "pirate × 0.25"]
+            assert texts(each)["pirate × 0.25"] == lab.last["pirate × 0.25"].text
+            assert "From a cell" in each.columns.title.value
+        panel.prompt.generate.click()
+        lab.wait()
+        assert texts(other) == texts(panel)
+        other.close()
+
+    def test_a_new_panel_shows_the_last_comparison(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.generate.click()
+        lab.wait()
+        other = build_panel(lab)  # type: ignore[arg-type]
+        assert texts(other) == texts(panel)
+        other.close()
+
+
+class TestShowCode:
+    def test_the_code_of_each_click_does_the_same_again(self, panel: Panel, lab: FakeLab) -> None:
+        assert panel.results.code_fold.button.layout.display == "none", "nothing was clicked"
+        panel.results.code_fold.open = True
+        panel.prompt.text.value = 'What\'s "that"?\n'
+        panel.rows.by_name["robot"].compare.value = False
+        panel.rows.by_name["pirate"].multiplier.value = 0.5
+        panel.prompt.sampling.temperature.value = 0.8
+        clicks = [
+            panel.prompt.generate.click,
+            lambda: panel.use("pirate"),
+            lambda: panel.set_enabled(False),
+            lambda: panel.load("some/where", None),
+            lambda: panel.load("some/where", "here"),
+            lambda: panel.add("lora", "mine", {"r": 4, "target_modules": ["q_proj"]}),
+            lambda: panel.save("robot", "some/folder"),
+            lambda: panel.delete("robot"),
+            lambda: panel.use("base"),
+        ]
+        for click in clicks:
+            del lab.calls[:]
+            click()
+            lab.wait()
+            assert panel.state.notice is None or panel.state.notice.kind == "info"
+            shown = html.unescape(re.sub("<[^>]*>", "", panel.results.code.value))
+            assert shown == panel.state.code
+            again = FakeLab({"pirate": ("LORA", 8, 460_800), "robot": ("IA3", None, 92_160)})
+            compare = functools.partial(again.compare, on_token=lambda event: None)
+            exec(shown, {"lab": SimpleNamespace(**{n: getattr(again, n) for n in CALLS}, compare=compare)})
+            assert list(map(as_said, again.calls)) == list(map(as_said, lab.calls))
+
+    def test_greedy_code_leaves_the_dice_out(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.text.value = "Why?"
+        panel.prompt.generate.click()
+        lab.wait()
+        assert panel.state.code == "lab.compare('Why?', columns=[None, 'pirate', 'robot'], max_new_tokens=64)"
+
+    def test_a_refused_click_leaves_the_code(self, panel: Panel, lab: FakeLab) -> None:
+        lab.gate = threading.Semaphore(0)
+        panel.prompt.generate.click()
+        panel.use("pirate")
+        lab.gate.release(100)
+        lab.wait()
+        assert panel.state.code.startswith("lab.compare(")
+
+
+class TestKeep:
+    def test_links_hold_what_the_files_would(self, panel: Panel, lab: FakeLab, tmp_path: Path) -> None:
+        assert panel.results.files_fold.button.layout.display == "none", "nothing to keep yet"
+        panel.prompt.generate.click()
+        lab.wait()
+        assert panel.results.files.value == "", "made when asked for"
+        panel.results.files_fold.open = True
+        found = dict(
+            re.findall(r'download="comparison\.(\w+)" href="data:[^,]*;base64,([^"]*)"', panel.results.files.value)
+        )
+        held = {kind: base64.b64decode(data).decode() for kind, data in found.items()}
+        lab.last._score = None
+        assert held["json"] == lab.last.to_json(tmp_path / "a.json").read_text(encoding="utf-8")
+        assert held["html"] == lab.last.to_html(tmp_path / "a.html").read_text(encoding="utf-8")
+        frame = pd.read_csv(io.StringIO(held["csv"]))
+        assert frame["text"].tolist() == lab.last.to_frame()["text"].tolist()
+
+
+class TestBlind:
+    @pytest.fixture
+    def hidden(self, panel: Panel, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> Panel:
+        monkeypatch.setattr(random, "sample", lambda columns, count: list(reversed(columns)))
+        lab.answers = {name: f"answer {i}" for i, name in enumerate(["base", "pirate", "robot"])}
+        panel.results.files_fold.open = True
+        panel.results.blind.value = True
+        panel.prompt.generate.click()
+        lab.wait()
+        return panel
+
+    def test_nothing_in_the_columns_tells_a_name(self, hidden: Panel, lab: FakeLab) -> None:
+        cards = list(hidden.columns.cards.values())
+        shown = " ".join(part.value for card in cards for part in (card.head, card.body, card.foot))
+        assert not re.search("base|pirate|robot|Weights|shift", shown)
+        assert [re.search("<h4>(.*)</h4>", card.head.value)[1] for card in cards] == [
+            "Column 1",
+            "Column 2",
+            "Column 3",
+        ]  # type: ignore[index]
+        assert [text.strip() for text in texts(hidden).values()] == ["answer 2", "answer 1", "answer 0"]
+        assert {name for card in cards for name in card.box._dom_classes} == {"alab-card", "alab-hue-0"}
+        assert hidden.results.files_fold.button.layout.display == "none"
+        assert hidden.results.files.value == ""
+        assert hidden.results.reveal.layout.display is None
+
+    def test_reveal_names_them_where_they_stand(self, hidden: Panel, lab: FakeLab) -> None:
+        hidden.results.reveal.click()
+        cards = list(hidden.columns.cards.values())
+        assert [re.search("<h4>(.*)</h4>", card.head.value)[1] for card in cards] == ["robot", "pirate", "base"]  # type: ignore[index]
+        assert "alab-hue-2" in cards[0].box._dom_classes
+        assert "Weights" in cards[0].foot.value
+        assert hidden.results.reveal.layout.display == "none"
+
+
 class TestErrors:
     def test_an_error_shows_in_words_with_its_traceback_folded(self, panel: Panel, lab: FakeLab) -> None:
         lab.fail_with = AdapterLabError("The prompt is empty: write something.")
@@ -409,15 +772,27 @@ class TestHostileText:
         lab = FakeLab({HOSTILE: ("LORA", 8, 1000)}, name=HOSTILE)
         lab.adapters[HOSTILE].status = HOSTILE
         panel = build_panel(lab)  # type: ignore[arg-type]
-        lab.answers = {HOSTILE: HOSTILE, "base": HOSTILE}
+        lab.answers = {HOSTILE: f"{HOSTILE} and {HOSTILE}", "base": HOSTILE}
+        panel.results.code_fold.open = panel.results.files_fold.open = True
         panel.prompt.text.value = HOSTILE
-        panel.prompt.generate.click()
+        pages = []
+        for marks in ("words", "likelihood", "none"):
+            panel.mark(marks)
+            lab.wait()
+            panel.prompt.generate.click()
+            lab.wait()
+            pages += [widget.value for widget in _html_widgets(panel) if "<style>" not in widget.value]
+        panel.find()
         lab.wait()
+        lab.flight.source = HOSTILE
+        panel.check(HOSTILE)
+        lab.wait()
+        pages.append(panel.notice.html.value)
         lab.fail_with = AdapterLabError(HOSTILE)
         panel.load_form.source.value = HOSTILE
         panel.load_form.button.click()
         lab.wait()
-        pages = [widget.value for widget in _html_widgets(panel) if "<style>" not in widget.value]
+        pages += [widget.value for widget in _html_widgets(panel) if "<style>" not in widget.value]
         assert any("&lt;script&gt;" in page for page in pages)
         assert not any(re.search(r"<(img|script)", page) for page in pages)
         assert panel.rows.by_name[HOSTILE].compare.description == label_text(HOSTILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -10,39 +11,47 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from adapterlab.columns import Column
+from adapterlab.columns import BASE, Column
 from adapterlab.widgets.compat import classes
-from adapterlab.widgets.state import PanelState
+from adapterlab.widgets.state import PanelState, Shown
+from adapterlab.widgets.text import result_html, text_html, tokens_html
 
 if TYPE_CHECKING:
-    from adapterlab.comparison import Comparison, Generation, TokenEvent
+    from adapterlab.comparison import Generation, TokenEvent
 
 FLUSH_SECONDS = 0.1
 HUES = 6
 STATE_WORDS = {"": "not run yet", "waiting": "waiting", "writing": "writing…", "done": ""}
-FINISH_WORDS = {
-    "eos": "ended by itself",
-    "length": "at the limit of new tokens",
-    "stopped": "stopped by you",
-}
 
 
 class ColumnCard:
-    """One column. Its three HTML widgets stay for its whole life; only what they say changes."""
+    """One column. Its three HTML widgets stay for its whole life; only what they say changes.
+
+    `alias`: what it is called while its name is hidden, else "".
+    """
 
     def __init__(self, column: Column, hue: int) -> None:
         self.label = column.label
-        self._hue = hue
+        self._hue, self.alias = hue, ""
         self.head = classes(w.HTML(), "alab-card-head")
         self.body = classes(w.HTML(), "alab-card-body")
         self.foot = classes(w.HTML(), "alab-card-foot")
         self.box = classes(w.VBox([self.head, self.body, self.foot]), "alab-card", f"alab-hue-{hue}")
         self.clear()
 
+    def name(self, alias: str) -> None:
+        """Hide the column's name and colour behind `alias`, or show them again ("")."""
+        if alias == self.alias:
+            return
+        self.alias = alias
+        shown, other = f"alab-hue-{self._hue}", "alab-hue-0"
+        self.box.remove_class(shown if alias else other)
+        self.box.add_class(other if alias else shown)
+
     def clear(self, state: str = "") -> None:
         """Empty, as before a generation; `state`: "waiting" when one is about to fill it."""
         self._text, self._tokens, self._began = "", 0, 0.0
-        self._show(state)
+        self._show(state, "")
 
     def add(self, event: TokenEvent) -> None:
         """Take in one token without drawing."""
@@ -54,29 +63,33 @@ class ColumnCard:
         """Show what has come in so far."""
         seconds = time.perf_counter() - self._began
         rate = f" · {(self._tokens - 1) / seconds:.1f} tokens/s" if self._tokens > 2 and seconds > 0 else ""
-        self._show("writing", f"{self._tokens} tokens{rate}")
+        self._show("writing", escape(self._text), f"{self._tokens} tokens{rate}")
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, generation: Generation, base: Generation | None, marks: str) -> None:
         """Show the result itself, which is what the kernel has."""
-        self._text = generation.text
-        self._show("done", result_html(generation))
+        if self.alias:
+            self._show("done", escape(generation.text), result_html(generation, blind=True))
+        else:
+            text = text_html(generation, base, marks)
+            tokens = tokens_html(generation) if marks == "likelihood" else ""
+            self._show("done", text, result_html(generation) + tokens)
 
-    def _show(self, state: str, foot: str = "") -> None:
+    def _show(self, state: str, text: str, foot: str = "") -> None:
+        name = self.alias or self.label
         self.head.value = (
             f'<div class="alab-card-title"><span class="alab-dot" aria-hidden="true"></span>'
-            f'<h4>{escape(self.label)}</h4><span class="alab-muted">{STATE_WORDS[state]}</span></div>'
+            f'<h4>{escape(name)}</h4><span class="alab-muted">{STATE_WORDS[state]}</span></div>'
         )
         # An empty answer is an answer: say so, or the card looks unfinished.
-        text = escape(self._text) or ('<span class="alab-muted">(empty)</span>' if state == "done" else "")
-        self.body.value = (
-            f'<div class="alab-text alab-{state or "empty"}" data-column="{escape(self.label)}">{text}</div>'
-        )
+        text = text or ('<span class="alab-muted">(empty)</span>' if state == "done" else "")
+        self.body.value = f'<div class="alab-text alab-{state or "empty"}" data-column="{escape(name)}">{text}</div>'
         self.foot.layout.display = None if foot else "none"
         self.foot.value = f'<div class="alab-result">{foot}</div>' if foot else ""
 
 
 class ColumnsView:
-    """All cards, in the order of the rows. While `running`, the cards are those of the generation.
+    """All cards. While `running`, they are those of the generation; then those of `state.shown`, until other rows are
+    ticked.
 
     `begin`, `token` and `finish` are called by the thread that generates; the rest follows the state.
     """
@@ -87,20 +100,23 @@ class ColumnsView:
         self._running = False
         self._dirty: set[str] = set()
         self._flushed = 0.0
-        self._results: dict[str, Generation] = {}
+        self._ticked: tuple[Column, ...] = ()
         self.cards: dict[str, ColumnCard] = {}
         self.title = classes(w.HTML(), "alab-asked")
         self.grid = classes(w.Box(), "alab-columns")
         self.box = classes(w.VBox([self.title, self.grid]), "alab-section")
         state.observe(lambda _: self._follow(), ["rows", "compared", "multipliers"])
+        state.observe(lambda _: self._render(arrange=True), ["shown"])
+        state.observe(lambda _: self._render(), ["marks", "hidden"])
         self._follow()
 
     def begin(self, prompt: str, columns: Sequence[Column]) -> None:
-        """Empty the cards of `columns` for a generation that starts now."""
+        """Empty the cards of `columns` for a generation that starts now; `state.blind` shuffles and hides them."""
         with self._lock:
-            self._running, self._results, self._dirty = True, {}, set()
+            self._running, self._dirty = True, set()
+            self._state.hidden = self._state.blind
             self._set_title(prompt)
-            self._arrange(columns)
+            self._arrange(random.sample(list(columns), len(columns)) if self._state.blind else columns)
             for card in self.cards.values():
                 card.clear("waiting")
 
@@ -116,17 +132,14 @@ class ColumnsView:
             if now - self._flushed >= FLUSH_SECONDS or event.finish_reason:
                 self._flush(now)
 
-    def finish(self, comparison: Comparison | None) -> None:
-        """Show the results; None when there are none, since an error came in between."""
+    def finish(self) -> None:
+        """The generation has ended; `state.shown` has what it made, or what there was before if an error came."""
         with self._lock:
             self._running = False
-            self._results = {g.column: g for g in comparison.generations} if comparison else {}
-            for label, card in self.cards.items():
-                if label in self._results:
-                    card.finish(self._results[label])
-                else:
-                    card.clear()
-            self._follow()
+            if self._state.columns != self._ticked:  # other rows were ticked meanwhile
+                self._follow()
+            else:
+                self._render()
 
     def _flush(self, now: float) -> None:
         for label in self._dirty:
@@ -137,27 +150,49 @@ class ColumnsView:
     def _follow(self) -> None:
         """Between generations: a card for every ticked row, with its result if it has one."""
         with self._lock:
+            if self._running or self._state.columns == self._ticked:
+                return
+            self._arrange(self._state.columns)
+            self._render()
+
+    def _render(self, *, arrange: bool = False) -> None:
+        """Show `state.shown` on the cards; `arrange`: on cards of its own columns."""
+        with self._lock:
             if self._running:
                 return
-            before = set(self.cards)
-            self._arrange(self._state.columns)
-            for label in set(self.cards) - before:
-                if label in self._results:
-                    self.cards[label].finish(self._results[label])
+            shown: Shown | None = self._state.shown
+            found = {} if shown is None else shown.generations
+            if shown is not None:
+                self._set_title(shown.prompt)
+                if arrange:
+                    self._arrange([Column(generation.asked) for generation in found.values()])
+            self._name()
+            for label, card in self.cards.items():
+                if label in found:
+                    card.finish(found[label], found.get(BASE), self._state.marks)
+                else:
+                    card.clear()
 
     def _arrange(self, columns: Sequence[Column]) -> None:
+        self._ticked = self._state.columns
         names = [row.name for row in self._state.rows]
         kept = {column.label: self.cards.get(column.label) for column in columns}
         gone = [card for label, card in self.cards.items() if label not in kept]
         self.cards = {
             column.label: kept[column.label] or ColumnCard(column, hue_of(column, names)) for column in columns
         }
+        self._name()
         boxes = tuple(card.box for card in self.cards.values())
         if boxes != self.grid.children:
             self.grid.children = boxes
         for card in gone:
             for part in (card.head, card.body, card.foot, card.box):
                 part.close()
+
+    def _name(self) -> None:
+        """Give the cards their aliases, or take them away."""
+        for place, card in enumerate(self.cards.values()):
+            card.name(f"Column {place + 1}" if self._state.hidden else "")
 
     def _set_title(self, prompt: str) -> None:
         self.title.value = f'<div class="alab-asked-line"><span class="alab-muted">Asked</span> {escape(prompt)}</div>'
@@ -167,21 +202,3 @@ def hue_of(column: Column, names: Sequence[str]) -> int:
     """Which of the palette's hues marks a column: 0 for the base, then the adapters' in the order of the rows."""
     known = [names.index(name) for name in column.names if name in names]
     return 0 if column.is_base or not known else (known[0] - 1) % HUES + 1
-
-
-def result_html(generation: Generation) -> str:
-    """How it ended, how fast it was, and what proves which adapter spoke."""
-    finish = FINISH_WORDS.get(generation.finish_reason, generation.finish_reason)
-    acting = zip(generation.active_adapters, generation.multipliers, strict=True)
-    active = " + ".join(f"{name} × {multiplier:g}" for name, multiplier in acting) or "none"
-    rows = [
-        ("Finish", f"{finish} ({generation.finish_reason})"),
-        ("Speed", f"{generation.new_tokens} tokens, {generation.tokens_per_second:.1f} tokens/s"),
-        ("Active adapters", active),
-        ("Weights", generation.weights_digest[:12]),
-        ("Logit shift", f"{generation.logit_shift:.3g}"),
-    ]
-    if generation.note:
-        rows.append(("Note", generation.note))
-    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in rows)
-    return f"<dl>{items}</dl>"

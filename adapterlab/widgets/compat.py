@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from html import escape
 from typing import Any
 
 import ipywidgets
 
 _RENDERS_DESCRIPTIONS = int(ipywidgets.__version__.split(".")[0]) < 8
+
+
+def needs_foreground() -> bool:
+    """Whether work has to run where clicks are handled: Colab shows no change that another thread makes.
+
+    ADAPTERLAB_FOREGROUND=1 asks for it anywhere.
+    """
+    return "google.colab" in sys.modules or os.environ.get("ADAPTERLAB_FOREGROUND") == "1"
 
 
 def label_text(text: str) -> str:

@@ -1,62 +1,114 @@
-"""Loading an adapter from a folder or the Hub, and adding a new one."""
+"""Loading an adapter from a folder or the Hub, adding a new one, saving one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import ipywidgets as w
 
+from adapterlab.inspection import count_new_parameters, people_bytes, people_count
 from adapterlab.widgets.compat import classes, set_tooltip
 from adapterlab.widgets.fold import Fold
-from adapterlab.widgets.state import PanelState
+from adapterlab.widgets.state import PanelState, short_share
 
 EXAMPLE_ID = "ybelkada/opt-350m-lora"
 METHODS = {"LoRA": "lora", "IA3": "ia3", "AdaLoRA": "adalora"}
 
 
 class LoadForm:
-    """Calls `on_load(repo_or_path, name_or_None)`."""
+    """Calls `on_load(repo_or_path, name_or_None)`, `on_check(repo_or_path)` and `on_find()`; what the Hub has comes back
+    in `state.found`."""
 
-    def __init__(self, state: PanelState, on_load: Callable[[str, str | None], object]) -> None:
-        self._on_load = on_load
+    def __init__(
+        self,
+        state: PanelState,
+        on_load: Callable[[str, str | None], object],
+        on_check: Callable[[str], object],
+        on_find: Callable[[], object],
+    ) -> None:
+        self._state, self._on_load = state, on_load
         self.source = classes(
             _text(description="Folder or Hub id", placeholder=f"for example {EXAMPLE_ID}"), "alab-wide"
         )
         self.name = _text(description="Name", placeholder="from the folder or id")
         self.button = w.Button(description="Load")
         set_tooltip(self.button, "lab.load_adapter: read it, check it against this base, and hang it on")
-        controls = [self.source, self.name, self.button]
+        self.check = classes(w.Button(description="Check first"), "alab-quiet")
+        set_tooltip(self.check, "lab.check_adapter: would it load here? Reads the config and the file's header only")
+        self.find = classes(w.Button(description="Find on the Hub"), "alab-quiet")
+        set_tooltip(self.find, "lab.find_adapters: the Hub's adapters for this base, most downloaded first")
+        self.found = classes(w.Dropdown(options=[], description="Found on the Hub"), "alab-wide")
+        controls = [self.source, self.name, self.button, self.check, self.find, self.found]
         self.fold = _form("Load an adapter", "gets a row and a column; lab.model stays as it is", controls)
         self.button.on_click(lambda _: self._submit())
-        state.observe(lambda _: _lock(self.button, state), ["busy", "closed"])
+        self.check.on_click(lambda _: on_check(self.source.value.strip()))
+        self.find.on_click(lambda _: on_find())
+        self.found.observe(self._choose, "value")
+        state.observe(lambda _: self._render(), ["busy", "closed", "found"])
+        self._render()
 
     def _submit(self) -> None:
         self._on_load(self.source.value.strip(), self.name.value.strip() or None)
+
+    def _choose(self, change: dict[str, Any]) -> None:
+        if change["new"]:
+            self.source.value = change["new"]
+
+    def _render(self) -> None:
+        options = [("choose one", ""), *((text, repo_id) for repo_id, text in self._state.found)]
+        if list(self.found.options) != options:
+            self.found.options = options
+        self.found.layout.display = None if self._state.found else "none"
+        for button in (self.button, self.check, self.find):
+            _lock(button, self._state)
 
 
 class AddForm:
     """Calls `on_add(method, name, config)`, where `config` has `r` and `target_modules` only where given."""
 
     def __init__(self, state: PanelState, on_add: Callable[[str, str, dict[str, Any]], object]) -> None:
-        self._on_add = on_add
+        self._state, self._on_add = state, on_add
         self.method = classes(w.Dropdown(options=list(METHODS.items()), description="Method"), "alab-short")
         self.name = _text(value="default", description="Name")
         self.r = classes(w.BoundedIntText(value=8, min=1, max=4096, description="Rank"), "alab-short")
-        self.targets = classes(
-            _text(description="Target modules", placeholder="PEFT's choice, or for example q_proj, v_proj"),
-            "alab-wide",
-        )
+        self.targets = classes(w.SelectMultiple(rows=4, description="Target modules"), "alab-targets")
+        set_tooltip(self.targets, "This model's linear layers. None picked: PEFT's own choice for this model")
         self.button = w.Button(description="Add")
         set_tooltip(self.button, "lab.add_adapter: a new adapter, untrained, so that it changes nothing yet")
+        self.size = classes(w.HTML(), "alab-muted")
         controls = [self.method, self.name, self.r, self.targets, self.button]
         self.fold = _form("Add a new adapter", "untrained: it changes nothing until it is trained", controls)
-        self.method.observe(lambda _: self._on_method(), "value")
+        self.fold.body.children = (*self.fold.body.children, self.size)
+        for control in (self.method, self.r, self.targets):
+            control.observe(lambda _: self._render(), "value")
         self.button.on_click(lambda _: self._submit())
         state.observe(lambda _: _lock(self.button, state), ["busy", "closed"])
+        state.observe(lambda _: self._render(), ["targets", "rows"])
+        self._render()
 
-    def _on_method(self) -> None:
+    def _render(self) -> None:
         self.r.layout.display = "none" if self.method.value == "ia3" else None
+        names = tuple(self._state.targets)
+        if self.targets.options != names:
+            self.targets.options = names
+        self.size.value = escape(self._size())
+
+    def _size(self) -> str:
+        """What the adapter would weigh, in words."""
+        picked = self.targets.value
+        rank = "" if self.method.value == "ia3" else f"r={self.r.value} on "
+        if not picked:
+            return "Pick target modules to see the size; without, PEFT takes those it knows for this model."
+        shapes = [shape for name in picked for shape in self._state.targets[name]]
+        count = count_new_parameters(self.method.value, self.r.value, shapes)
+        base = next((row.parameters for row in self._state.rows if row.is_base), 0)
+        share = f", {short_share(count / base)} of base" if base else ""
+        return (
+            f"{rank}{', '.join(picked)}: {people_count(count)} parameters in {len(shapes)} layers, "
+            f"{people_bytes(4 * count)}{share}"
+        )
 
     def _submit(self) -> None:
         config: dict[str, Any] = {}
@@ -64,10 +116,41 @@ class AddForm:
             config["init_r"] = self.r.value
         elif self.method.value == "lora":
             config["r"] = self.r.value
-        targets = [part.strip() for part in self.targets.value.split(",") if part.strip()]
-        if targets:
-            config["target_modules"] = targets
+        if self.targets.value:
+            config["target_modules"] = list(self.targets.value)
         self._on_add(self.method.value, self.name.value.strip(), config)
+
+
+class SaveForm:
+    """Calls `on_save(name, folder)`."""
+
+    def __init__(self, state: PanelState, on_save: Callable[[str, str], object]) -> None:
+        self._state, self._on_save = state, on_save
+        self.name = w.Dropdown(options=[], description="Adapter")
+        self.folder = classes(_text(description="Folder", placeholder="for example adapters/pirate"), "alab-wide")
+        self.button = w.Button(description="Save")
+        set_tooltip(self.button, "lab.save_adapter: into a folder, as plain PEFT reads it")
+        controls = [self.name, self.folder, self.button]
+        self.fold = _form("Save an adapter", "in PEFT's own format, weights and config", controls)
+        self.name.observe(lambda _: self._propose(), "value")
+        self.button.on_click(lambda _: self._on_save(self.name.value or "", self.folder.value.strip()))
+        state.observe(lambda _: self._render(), ["rows", "busy", "closed"])
+        self._render()
+
+    def _propose(self) -> None:
+        if self.name.value:
+            self.folder.value = f"adapters/{self.name.value}"
+
+    def _render(self) -> None:
+        names = tuple(self._state.adapter_names)
+        if tuple(value for _, value in self.name.options) != names:
+            kept = self.name.value
+            self.name.options = [(name, name) for name in names]
+            if kept in names:
+                self.name.value = kept
+        self.fold.button.layout.display = None if names else "none"
+        self.fold.body.layout.display = None if names and self.fold.open else "none"
+        _lock(self.button, self._state)
 
 
 def _form(title: str, hint: str, controls: list[Any]) -> Fold:

@@ -29,22 +29,51 @@ class PromptBox:
     ) -> None:
         self._state = state
         self.text = w.Text(description="Prompt", placeholder="Ask the model something", continuous_update=False)
-        classes(self.text, "alab-prompt")
+        self.lines = w.Textarea(description="Text", rows=5, continuous_update=False)
+        for box in (self.text, self.lines):
+            classes(box, "alab-prompt")
+        self.several = classes(w.ToggleButton(description="Several lines"), "alab-quiet")
+        set_tooltip(self.several, "A prompt of more than one line; Enter then starts a new one")
+        self.system = classes(w.Textarea(description="System turn", rows=2, continuous_update=False), "alab-wide")
+        hint = w.HTML('<span class="alab-muted">Said to the model before the prompt, as its template has it.</span>')
+        self.system_fold = Fold("System turn", [classes(w.HBox([self.system]), "alab-form"), hint])
         self.generate = classes(w.Button(description="Generate", button_style="primary"), "alab-main")
         self.stop = classes(w.Button(description="Stop"), "alab-stop")
         set_tooltip(self.generate, "Run the prompt through every ticked row (Enter in the prompt does the same)")
         set_tooltip(self.stop, "End the running generation after this token; what is there stays")
         self.examples = [self._example(text) for text in examples]
         self.sampling = Sampling(state)
-        first = classes(w.HBox([self.text, self.generate, self.stop]), "alab-prompt-line")
+        first = classes(w.HBox([self.text, self.lines, self.generate, self.stop]), "alab-prompt-line")
         chips = classes(w.HBox([w.HTML('<span class="alab-muted">Try</span>'), *self.examples]), "alab-chips")
         chips.layout.display = None if examples else "none"
-        self.box = classes(w.VBox([first, chips, self.sampling.fold.button, self.sampling.fold.body]), "alab-section")
-        link((state, "prompt"), (self.text, "value"))
+        folds = [self.sampling.fold, self.system_fold]
+        buttons = classes(w.HBox([*(fold.button for fold in folds), self.several]), "alab-folds")
+        self.box = classes(w.VBox([first, chips, buttons, *(fold.body for fold in folds)]), "alab-section")
+        link((state, "prompt"), (self.lines, "value"))
+        link((state, "system"), (self.system, "value"))
+        state.observe(lambda _: self._show_prompt(), "prompt")
+        self.text.observe(self._on_text, "value")
+        self.several.observe(lambda _: self._show_prompt(), "value")
+        self._show_prompt()
         self.generate.on_click(lambda _: on_generate())
         self.stop.on_click(lambda _: on_stop())
-        state.observe(lambda _: self._render(), ["busy", "stoppable", "closed"])
+        state.observe(lambda _: self._render(), ["busy", "stoppable", "closed", "has_chat", "system"])
         self._render()
+
+    def _on_text(self, change: dict[str, Any]) -> None:
+        if not self.several.value:
+            self._state.prompt = change["new"]
+
+    def _show_prompt(self) -> None:
+        """In the one line, unless it has several: a line's box would drop their breaks."""
+        if "\n" in self._state.prompt and not self.several.value:
+            self.several.value = True
+            return
+        several = self.several.value
+        if not several:
+            self.text.value = self._state.prompt
+        self.text.layout.display = "none" if several else None
+        self.lines.layout.display = None if several else "none"
 
     def _example(self, text: str) -> w.Button:
         # Buttons set their text as text in both versions of ipywidgets, so no escaping here.
@@ -62,7 +91,9 @@ class PromptBox:
         self.generate.disabled = running or closed
         self.generate.description = self._state.busy.split(" ")[0].rstrip("…") + "…" if running else "Generate"
         self.stop.disabled = not (running and self._state.stoppable)
-        self.text.disabled = closed
+        self.text.disabled = self.lines.disabled = self.system.disabled = closed
+        self.system_fold.button.layout.display = None if self._state.has_chat else "none"
+        self.system_fold.summary("System turn: set" if self._state.system.strip() else "System turn")
 
 
 class Sampling:

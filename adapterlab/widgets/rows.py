@@ -40,7 +40,6 @@ class AdapterRow:
             continuous_update=False,
         )
         classes(self.multiplier, "alab-multiplier")
-        set_tooltip(self.multiplier, f"How strongly {name} acts in its column: 0 is the base, 1 the adapter")
         self.use = classes(w.Button(), "alab-quiet")
         self.delete = classes(w.Button(description="Delete"), "alab-quiet")
         set_tooltip(self.delete, f"Take {name} out of the lab")
@@ -68,7 +67,11 @@ class AdapterRow:
         locked = bool(state.busy) or state.closed
         self.use.disabled = locked or current
         self.delete.disabled = locked
-        self.multiplier.disabled = self.compare.disabled = state.closed
+        self.compare.disabled = state.closed
+        self.multiplier.disabled = state.closed or bool(row.fixed)
+        meaning = f"How strongly {name} acts in its column: 0 is the base, 1 the adapter"
+        set_tooltip(self.multiplier, f"Always 1: {row.fixed}" if row.fixed else meaning)
+        self.multiplier.description = "fixed at" if row.fixed else "multiplier"
 
     def _on_compare(self, change: dict[str, Any]) -> None:
         self._state.compared = {**self._state.compared, self.row.name: change["new"]}

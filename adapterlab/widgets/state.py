@@ -12,12 +12,16 @@ from adapterlab.columns import BASE, Column
 from adapterlab.methods import method_label
 
 if TYPE_CHECKING:
+    from adapterlab.comparison import Comparison, Generation
     from adapterlab.lab import AdapterLab
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the adapter list: the base or an adapter. `in_model`: its multiplier in the lab's selection."""
+    """A line of the adapter list: the base or an adapter. `in_model`: its multiplier in the lab's selection.
+
+    `fixed`: why its multiplier can't be moved, "" if it can.
+    """
 
     name: str
     kind: str
@@ -26,6 +30,7 @@ class Row:
     share: float
     status: str = ""
     in_model: float | None = None
+    fixed: str = ""
 
     @property
     def is_base(self) -> bool:
@@ -51,20 +56,45 @@ class Notice:
         return cls("error", f"{doing}: {text}" if doing else text, "".join(traceback.format_exception(error)))
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One prompt of one comparison, as the columns show it."""
+
+    comparison: Comparison
+    index: int = 0
+
+    @property
+    def prompt(self) -> str:
+        return self.comparison.prompts[self.index]
+
+    @property
+    def generations(self) -> dict[str, Generation]:
+        """What answered this prompt, by the column's label."""
+        return {g.column: g for g in self.comparison.generations if g.prompt_index == self.index}
+
+
 class PanelState(t.HasTraits):
     """Everything on the screen but the generated text.
 
-    Mirrored from the lab by `read`: `status`, `rows` (base first), `enabled`, `selection`.
-    Chosen by the user: `prompt`, `compared` (name → has a column), `multipliers` (name → 0 to 2), the sampling.
+    Mirrored from the lab: `status`, `rows` (base first), `enabled`, `selection`, `has_chat`, `targets` (what
+    target_modules can name → shapes of those layers), `history` (`Shown`, oldest first).
+    Chosen by the user: `prompt`, `system` (a chat's system turn, "" for none), `compared` (name → has a column),
+    `multipliers` (name → 0 to 2), the sampling, `marks` (what sets words off), `blind` (hide names from the next
+    generation on).
+    About the columns: `shown` (of the history, or None), `hidden` (their names are hidden now), `code` (the Python of
+    the last click). `found`: adapters on the Hub for this base, as (id, words).
     About the panel itself: `busy` (what runs now, in words; "" when idle), `stoppable`, `notice`, `closed`.
     """
 
     status = t.Unicode()
     rows = t.Tuple()
+    targets = t.Dict()
     enabled = t.Bool(True)
     selection = t.Instance(Column, args=())
 
     prompt = t.Unicode()
+    system = t.Unicode()
+    has_chat = t.Bool(False)
     compared = t.Dict(value_trait=t.Bool(), key_trait=t.Unicode())
     multipliers = t.Dict(value_trait=t.Float(), key_trait=t.Unicode())
     max_new_tokens = t.Int(64, min=1)
@@ -73,6 +103,14 @@ class PanelState(t.HasTraits):
     top_k = t.Int(0, min=0)
     seed = t.Int(0, min=0)
 
+    history = t.Tuple()
+    shown = t.Instance(Shown, allow_none=True)
+    marks = t.Unicode("words")
+    blind = t.Bool(False)
+    hidden = t.Bool(False)
+    code = t.Unicode()
+
+    found = t.Tuple()
     busy = t.Unicode()
     stoppable = t.Bool(False)
     notice = t.Instance(Notice, allow_none=True)
@@ -85,6 +123,7 @@ class PanelState(t.HasTraits):
         self.compared = {name: self.compared.get(name, True) for name in names}
         self.multipliers = {name: self.multipliers.get(name, 1.0) for name in names}
         self.rows = tuple(rows)
+        self.has_chat = bool(getattr(lab.tokenizer, "chat_template", None))
         self.read_selection(lab)
 
     def read_selection(self, lab: AdapterLab) -> None:
@@ -95,6 +134,21 @@ class PanelState(t.HasTraits):
         self.rows = tuple(replace(row, in_model=in_model.get(row.name)) for row in self.rows)
         self.status = lab.status()
 
+    def read_history(self, lab: AdapterLab) -> None:
+        """Take over the lab's comparisons, whoever made them, and show the newest if there is a new one."""
+        before = {id(shown.comparison) for shown in self.history}
+        kept = {(id(shown.comparison), shown.index): shown for shown in self.history}
+        self.history = tuple(
+            kept.get((id(comparison), index)) or Shown(comparison, index)
+            for comparison in lab.history
+            for index in range(len(comparison.prompts))
+        )
+        fresh = [shown for shown in self.history if id(shown.comparison) not in before]
+        if fresh:
+            self.shown = fresh[0]
+        elif self.shown not in self.history:
+            self.shown = None
+
     def column(self, name: str) -> Column:
         """The column of a row: the base, or its adapter at the row's multiplier."""
         return Column() if name == BASE else Column.of({name: self.multipliers.get(name, 1.0)})
@@ -104,6 +158,14 @@ class PanelState(t.HasTraits):
         """The columns to compare, in the order of the rows. A row at multiplier 0 is the base, which stands once."""
         wanted = (self.column(row.name) for row in self.rows if self.compared.get(row.name))
         return tuple(dict.fromkeys(wanted))
+
+    @property
+    def question(self) -> str | list[dict[str, str]]:
+        """The prompt as `lab.compare` takes it: a text, or chat messages if there is a system turn."""
+        if not (self.has_chat and self.system.strip()):
+            return self.prompt
+        turns = (("system", self.system), ("user", self.prompt))
+        return [{"role": role, "content": content} for role, content in turns]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -123,7 +185,8 @@ def read_rows(lab: AdapterLab) -> list[Row]:
     for name, info in lab.adapters.items():
         kind = method_label(info.method) + (f" · rank {info.r}" if info.r else "")
         share = info.parameters / max(base.parameters, 1)
-        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status))
+        fixed = info.multiplier_obstacle
+        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, fixed=fixed))
     return rows
 
 

@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from adapterlab.widgets.state import PanelState
 
 
+_HOW_TO_STOP = Notice(
+    "info", "Running. This notebook can't deliver a click on Stop meanwhile: use Interrupt execution."
+)
+
+
 class Worker:
     """Runs one job at a time and refuses another meanwhile; what happens is told through `state`.
 
     `track`: gets the future of each job. `state.busy` says what runs; a job's error becomes `state.notice`.
+    `foreground`: run each job where it is started, for front ends that show nothing from another thread.
     """
 
-    def __init__(self, state: PanelState, track: Callable[[Future[None]], object]) -> None:
-        self._state = state
+    def __init__(self, state: PanelState, track: Callable[[Future[None]], object], *, foreground: bool = False) -> None:
+        self._state, self._foreground = state, foreground
         self._track = track
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapterlab-panel")
         self._claim = threading.Lock()
@@ -38,9 +44,19 @@ class Worker:
             stop = ", or press Stop" if self._state.stoppable else ""
             self._state.notice = Notice("info", f"Not started: still {_lower(running)}. Wait for it{stop}.")
             return False
-        self._state.stoppable = stoppable
+        self._state.stoppable = stoppable and not self._foreground
         self._state.notice = None
-        self._track(self._pool.submit(self._run, doing, job))
+        if not self._foreground:
+            self._track(self._pool.submit(self._run, doing, job))
+            return True
+        if stoppable:  # no click arrives before this one is dealt with
+            self._state.notice = _HOW_TO_STOP
+        try:
+            self._run(doing, job)
+        except KeyboardInterrupt:
+            self._state.notice = Notice("info", "Interrupted: nothing was kept of it, and the lab is as before.")
+        if self._state.notice is _HOW_TO_STOP:
+            self._state.notice = None
         return True
 
     def close(self) -> None:
