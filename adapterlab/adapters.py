@@ -359,6 +359,7 @@ class Adapters:
 
     def info(self, name: str) -> AdapterInfo:
         """What is known of one adapter; reads no weights: the status is the one last seen."""
+        from adapterlab.equation import blend_obstacle
         from adapterlab.methods import rank_of
         from adapterlab.reading import adapter_tensors
 
@@ -376,6 +377,9 @@ class Adapters:
             source=record.source,
             status=record.status,
             peft_config=mounted.config,
+            multiplier_obstacle=next(
+                (why for layer in mounted.layers.values() if (why := blend_obstacle(layer, name))), ""
+            ),
         )
 
     def refresh(self, names: Any = None) -> dict[str, str]:
@@ -422,7 +426,7 @@ class Adapters:
 
     def release(self) -> None:
         """Take everything out and give the model back as it came: bare, or with the adapters it came with."""
-        self.mounts.mount(Column())
+        self.mounts.leave()
         _restore(self.model, self._given)
 
 

@@ -97,10 +97,10 @@ def describe_modules(model: nn.Module) -> str | None:
 
 def has_foreign_forward(module: nn.Module) -> bool:
     """Whether a hook, or a `forward` of its own, can change what this module gives. Those of accelerate, which move
-    tensors, and of transformers, which record them or ask for gradients, do not."""
+    tensors, of transformers, which record them or ask for gradients, and the lab's own do not."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         if hooks and not all(
-            str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks.values()
+            str(getattr(hook, "__module__", "")).startswith(("transformers.", "adapterlab.")) for hook in hooks.values()
         ):
             return True
     return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__

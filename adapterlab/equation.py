@@ -110,7 +110,9 @@ def compute_dora(layer: Any, name: str) -> Term:
     A, B = factors(layer, name)
     assert A is not None  # `is_dora` holds
     assert B is not None
+    weight = base._parameters["weight"]
     W = dequantize_module_weight(base).to(A.dtype)
+    base._parameters["weight"] = weight  # on a CPU, PEFT has put another in the place of an 8-bit one (issue 3)
     W = (W.T if layer.fan_in_fan_out else W) + layer.scaling[name] * (B @ A)
     s_out = layer.lora_magnitude_vector[name].weight / W.norm(dim=1)
     return Term(A, B, layer.scaling[name], s_out=s_out, bias=None if base.bias is None else (1 - s_out) * base.bias)

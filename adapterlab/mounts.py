@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
 from adapterlab.errors import AdapterLabError
+from adapterlab.quantization import keep_8bit_scales
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -56,6 +57,7 @@ class Mounts:
         self.column = Column()
         self.stacks = Stacks()
         self._placed: dict[str, nn.Module] = {}
+        self._hooks: dict[str, Any] = {}  # path → handle of what keeps an 8-bit layer whole under DoRA
 
     def inject(self, config: PeftConfig, name: str, load: Callable[[Any], None] | None = None) -> Mounted:
         """Make PEFT build the adapter in the bare base, run `load(tuner)` on it, harvest it, and leave the base bare.
@@ -92,7 +94,13 @@ class Mounts:
         return found
 
     def add(self, name: str, mounted: Mounted) -> None:
+        from adapterlab.equation import is_dora
+
         self.adapters[name] = mounted
+        for path, layer in mounted.layers.items():
+            original = self.sites[path].original
+            if path not in self._hooks and type(original).__name__ == "Linear8bitLt" and is_dora(layer, name):
+                self._hooks[path] = keep_8bit_scales(original)
 
     def remove(self, name: str) -> None:
         """Forget the adapter; it must not be mounted. Sites that no other adapter uses go with it."""
@@ -102,6 +110,14 @@ class Mounts:
         for path in gone.layers:
             if path not in used:
                 self.sites.pop(path, None)
+                if path in self._hooks:
+                    self._hooks.pop(path).remove()
+
+    def leave(self) -> None:
+        """Take everything out of the model: the adapters' layers, and what hangs on the base's own."""
+        self.mount(Column())
+        while self._hooks:
+            self._hooks.popitem()[1].remove()
 
     def arrange(self, path: str) -> None:
         """Let the adapters' factors at `path` lie side by side (stacks.py)."""
@@ -225,6 +241,7 @@ class Mounts:
         self.mount(Column())
         model = self.model
         children = {module: dict(module._modules) for module in model.modules()}
+        parameters = [(module, dict(module._parameters)) for module in children]  # PEFT exchanges 8-bit ones for DoRA
         flags = [(p, p.requires_grad) for p in model.parameters()]
         modes = [(module, module.training) for module in children]
         try:
@@ -233,6 +250,8 @@ class Mounts:
             for module, before in children.items():
                 module._modules.clear()
                 module._modules.update(before)
+            for module, own in parameters:
+                module._parameters.update(own)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             for module, mode in modes:

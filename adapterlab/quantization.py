@@ -11,6 +11,7 @@ from adapterlab.errors import AdapterLabError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 SHORTHANDS = ("8bit", "4bit")
@@ -91,6 +92,20 @@ def refuse_packed_4bit(model: nn.Module) -> None:
             "first run on the CPU: gradients and merged weights would be silently wrong. Load it again "
             "and hand it over before its first forward, or give the lab its id and quantization='4bit'."
         )
+
+
+def keep_8bit_scales(layer: nn.Module) -> RemovableHandle:
+    """Let an 8-bit layer run after PEFT has read its weights, as DoRA does in each forward.
+
+    On a CPU PEFT's `dequantize_module_weight` then puts another parameter in the weight's place. Once bitsandbytes has
+    moved the scales to the layer's state, that one is without, and the next forward would look for them there (issue 3).
+    """
+    return layer.register_forward_pre_hook(_look_in_the_state)
+
+
+def _look_in_the_state(layer: Any, args: Any) -> None:
+    if layer.weight.SCB is None and layer.state.SCB is not None:
+        layer.weight.CB = None  # "already moved", in bitsandbytes' language
 
 
 def _linear_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """Takes the pictures of the panel in docs/images, from the demo in a real JupyterLab: look at them afterwards.
 
-    python scripts/make_screenshots.py [panel panel-dark panel-narrow panel-error]
+    python scripts/make_screenshots.py [panel panel-dark panel-narrow panel-error …]
 
 Needs Chromium (or ADAPTERLAB_CHROMIUM), playwright, JupyterLab and the demo model.
 """
@@ -34,13 +34,33 @@ def compare(page: Page) -> None:
     page.locator(".alab-card").last.locator(".alab-done").wait_for(timeout=PATIENCE)
 
 
-def fail_to_add(page: Page) -> None:
-    """After a comparison, add an adapter on a layer that another kind of model has."""
+def fail_to_load(page: Page) -> None:
+    """After a comparison, load an adapter from a folder that is not there."""
     compare(page)
-    page.get_by_role("button", name="Add a new adapter").click()
-    page.get_by_label("Target modules").fill("c_attn")
-    page.get_by_role("button", name="Add", exact=True).click()
+    page.get_by_role("button", name="Load an adapter").click()
+    page.get_by_label("Folder or Hub id").fill("./adapters/poet")
+    page.get_by_role("button", name="Load", exact=True).click()
     page.locator(".alab-notice-box.alab-error").wait_for(timeout=PATIENCE)
+
+
+def blind(page: Page) -> None:
+    """A comparison whose names are hidden."""
+    page.get_by_role("button", name="Blind").click()
+    compare(page)
+
+
+def likelihood(page: Page) -> None:
+    """A comparison shaded by likelihood, with the code of the last click."""
+    compare(page)
+    page.get_by_label("Marks").select_option("Likelihood")
+    page.locator(".alab-tokens").first.wait_for(timeout=PATIENCE)
+    page.get_by_role("button", name="Show code").click()
+
+
+def in_mid_stream(page: Page) -> None:
+    """While the columns are being written."""
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".alab-writing").nth(2).wait_for(timeout=PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,10 @@ SHOTS = {
     "panel": Shot(1200),
     "panel-dark": Shot(1200, theme="JupyterLab Dark"),
     "panel-narrow": Shot(600),
-    "panel-error": Shot(1200, act=fail_to_add),
+    "panel-error": Shot(1200, act=fail_to_load),
+    "panel-blind": Shot(1200, act=blind),
+    "panel-likelihood": Shot(1200, act=likelihood),
+    "panel-streaming": Shot(1200, act=in_mid_stream),
 }
 
 

@@ -19,6 +19,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's remark on Conv1D
 @pytest.mark.parametrize("make", [standins.tiny_llama, standins.tiny_gpt2])
 @pytest.mark.parametrize("method", ["lora", "adalora", "ia3"])
 def test_the_count_is_what_peft_makes_trainable(make: Any, method: str) -> None:

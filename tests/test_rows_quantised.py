@@ -187,3 +187,20 @@ def test_a_second_structure_shares_8bit_weights(root: Path) -> None:
         for (path, mine), (_, theirs) in zip(model.named_modules(), twin.named_modules()):
             if type(mine).__name__ == "Linear8bitLt":
                 assert mine.state.CB.data_ptr() == theirs.state.CB.data_ptr(), path
+
+
+def test_dora_over_8bit_layers_leaves_them_whole(root: Path) -> None:
+    """PEFT reads the base's weights for DoRA by a function that puts weights without scales into 8-bit layers."""
+    lab = AdapterLab(root / "base", quantization="8bit", dtype=torch.float32)
+    first = lab.compare("Hello", [None], max_new_tokens=4)["base"]
+    weights = {name: id(parameter) for name, parameter in lab.model.named_parameters()}
+    lab.load_adapter(root / "dora", "dora")
+    lab.set_adapter(None)
+    assert {name: id(parameter) for name, parameter in lab.model.named_parameters()} == weights
+    again = lab.compare("Hello", [None, "dora"], max_new_tokens=4, seed=1)  # another seed: nothing is remembered
+    assert again["base"].token_ids == first.token_ids
+    assert lab.verify(again)["agrees"].all()
+    ids = torch.tensor([again.prompt_ids[0]])
+    with torch.no_grad(), lab.using("dora") as model:
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert lab.compare("Hello there", [None, "dora"], max_new_tokens=4)["dora"].logit_shift > 0.01
