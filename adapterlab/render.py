@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapterlab.comparison import Comparison, Generation
 
+ALIKE = 0.6  # share of the words that two texts have in common
 _FINISH = {"eos": "ended", "length": "cut at the limit", "stopped": "stopped", "stop_string": "stop string"}
 _CELL = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;padding:8px 12px;min-width:180px"'
 _HEAD = 'style="text-align:left;vertical-align:top;padding:8px 12px"'
@@ -38,10 +39,12 @@ def comparison_page(comparison: Comparison) -> str:
 def mark_words(text: str, base: str, *, removed: bool = False) -> str:
     """`text` escaped, with the runs of words that `base` does not have at that place inside <ins>.
 
-    removed: also show, inside <del>, what base said there instead.
+    removed: also show, inside <del>, what base said there instead, if the texts are alike; where they are not, that
+    would be base's whole answer struck out.
     """
     mine, theirs = re.findall(r"\S+\s*", text), re.findall(r"\S+\s*", base)
     plain = difflib.SequenceMatcher(None, [w.strip() for w in theirs], [w.strip() for w in mine], autojunk=False)
+    removed = removed and plain.ratio() >= ALIKE
     pieces = []
     for tag, was, until, start, end in plain.get_opcodes():
         gone = escape("".join(theirs[was:until]).rstrip())

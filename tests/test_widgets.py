@@ -465,6 +465,48 @@ class TestWhileGenerating:
         assert lab.last["base"].finish_reason == "stopped"
 
 
+def test_two_threads_that_change_the_state_do_not_meet_in_a_part_of_the_panel(panel: Panel, lab: FakeLab) -> None:
+    """A click is handled while the worker still tells the parts that it is done: both redraw the list of results."""
+    inside, entered, errors = threading.Event(), [], []
+    render = panel.results._render
+
+    def slow() -> None:
+        entered.append(threading.current_thread())
+        if len(entered) == 1:
+            inside.set()
+            other.join(0.2)  # comes in meanwhile, unless it has to wait
+            errors.extend(thread for thread in entered if thread is not entered[0])
+        render()
+
+    panel.results._render = slow  # type: ignore[method-assign]
+
+    def change() -> None:
+        assert inside.wait(20)
+        panel.state.busy = "Loading…"
+
+    other = threading.Thread(target=change)
+    other.start()
+    panel.state.busy = "Generating…"
+    other.join()
+    assert not errors
+    assert len(entered) == 2
+    panel.state.busy = ""
+
+
+def test_a_part_that_fails_leaves_the_panel_usable(panel: Panel, lab: FakeLab) -> None:
+    def fail(change: Any) -> None:
+        raise ZeroDivisionError
+
+    panel.state.observe(fail, "stoppable")
+    with pytest.raises(ZeroDivisionError):
+        panel.generate()
+    panel.state.unobserve(fail, "stoppable")
+    assert panel.state.busy == ""
+    panel.generate()
+    lab.wait()
+    assert len(lab.history) == 1
+
+
 class TestForeground:
     """Colab shows nothing that comes from another thread, so there the work runs where the click is handled."""
 
@@ -558,12 +600,14 @@ class TestMarks:
     def test_words_that_differ_from_base_are_set_off_and_those_of_base_struck_out(
         self, panel: Panel, lab: FakeLab
     ) -> None:
-        lab.answers = {"base": "the sky is <b> blue", "pirate": "the sea is <b> deep and blue"}
+        lab.answers = {"base": "the sky is <b> blue", "pirate": "the sea is <b> deep and blue", "robot": "I compute."}
         panel.prompt.generate.click()
         lab.wait()
         body = panel.columns.cards["pirate"].body.value
         assert "the <del>sky </del><ins>sea</ins> is &lt;b&gt; <ins>deep and</ins> blue" in body
         assert not re.search("<(ins|del)>", panel.columns.cards["base"].body.value)
+        assert "<ins>I compute.</ins>" in panel.columns.cards["robot"].body.value
+        assert "<del>" not in panel.columns.cards["robot"].body.value, "all of base struck out would tell nothing"
         panel.results.marks.value = "none"
         assert not re.search("<(ins|del)>", panel.columns.cards["pirate"].body.value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Sequence
 from html import escape
@@ -96,7 +95,7 @@ class ColumnsView:
 
     def __init__(self, state: PanelState) -> None:
         self._state = state
-        self._lock = threading.RLock()
+        self._lock = state.lock  # two locks would wait for each other
         self._running = False
         self._dirty: set[str] = set()
         self._flushed = 0.0

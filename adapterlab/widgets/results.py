@@ -31,14 +31,14 @@ class ResultsBar:
         self.blind = w.ToggleButton(description="Blind")
         set_tooltip(self.blind, "From the next Generate on, shuffle the columns and hide their names until revealed")
         self.reveal = classes(w.Button(description="Reveal names"), "alab-main")
-        self.bar = classes(w.HBox([self.marks, self.history, self.blind, self.reveal]), "alab-form")
         self.code = classes(w.HTML(), "alab-code")
         self.files = classes(w.HTML(), "alab-files")
         self.code_fold = Fold("Show code", [self.code])
         self.files_fold = Fold("Keep", [self.files])
         folds = [self.code_fold, self.files_fold]
-        buttons = classes(w.HBox([fold.button for fold in folds]), "alab-folds")
-        self.box = classes(w.VBox([self.bar, buttons, *(fold.body for fold in folds)]), "alab-results")
+        controls = [self.marks, self.history, self.blind, self.reveal, *(fold.button for fold in folds)]
+        self.bar = classes(w.HBox(controls), "alab-form")
+        self.box = classes(w.VBox([self.bar, *(fold.body for fold in folds)]), "alab-results")
         link((state, "blind"), (self.blind, "value"))
         self.reveal.on_click(lambda _: self._reveal())
         self.marks.observe(self._choose_marks, "value")

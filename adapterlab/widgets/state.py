@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,16 @@ class PanelState(t.HasTraits):
     stoppable = t.Bool(False)
     notice = t.Instance(Notice, allow_none=True)
     closed = t.Bool(False)
+
+    def __init__(self, **traits: Any) -> None:
+        self.lock = threading.RLock()
+        super().__init__(**traits)
+
+    def notify_change(self, change: Any) -> None:
+        """Tell the parts, one thread at a time: the panel's worker and the kernel's own both change the state, and a
+        widget whose options one thread exchanges must not get a value from the other."""
+        with self.lock:
+            super().notify_change(change)
 
     def read(self, lab: AdapterLab) -> None:
         """Take over what the lab says of itself. New adapters get a column of their own, at multiplier 1."""

@@ -44,11 +44,15 @@ class Worker:
             stop = ", or press Stop" if self._state.stoppable else ""
             self._state.notice = Notice("info", f"Not started: still {_lower(running)}. Wait for it{stop}.")
             return False
-        self._state.stoppable = stoppable and not self._foreground
-        self._state.notice = None
-        if not self._foreground:
-            self._track(self._pool.submit(self._run, doing, job))
-            return True
+        try:
+            self._state.stoppable = stoppable and not self._foreground
+            self._state.notice = None
+            if not self._foreground:
+                self._track(self._pool.submit(self._run, doing, job))
+                return True
+        except BaseException:  # a part that can't follow the state must not leave the panel busy for ever
+            self._state.busy = ""
+            raise
         if stoppable:  # no click arrives before this one is dealt with
             self._state.notice = _HOW_TO_STOP
         try:
