@@ -2,14 +2,17 @@
 
 x Wᵀ, (W xᵀ)ᵀ and x Wᵀ with W cut into one piece per thread are the same product. For one to some dozens of rows a
 BLAS may take twice as long for one as for another (a single vector is often multiplied by one thread alone), and which
-one depends on the processor and the shape: the first calls of each shape are timed, the rest follow the fastest.
+one depends on the processor and the shape: the first calls of each shape are timed, the rest follow the fastest. Now
+and then a call is timed again, so that a bad moment of the machine is not believed for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 
 _FEW = range(1, 65)  # rows
 _LARGE = 1 << 16  # weights below this many values are no work to speak of
-_TRIES = 5  # timed calls of each product; their median counts
+_TRIES = 5  # timed calls of each product before one is chosen; the median counts
+_KEPT = 25  # and of so many calls later on
+_AGAIN = 32  # every so many calls of a layer one is timed
 
 Product = Callable[["Tensor", "Tensor", "Tensor | None"], "Tensor"]  # x: (…, in), weight: (out, in), bias → (…, out)
 usual: Product = nn.functional.linear
@@ -53,16 +58,15 @@ def _pieces(weight: Tensor) -> int:
 
 
 class Choice:
-    """Which product to take for one shape; takes them in turn and times them until it knows."""
+    """Which product to take for one shape: `best`, None until each was tried. `try_next` times them in turn."""
 
     def __init__(self, products: Iterable[Product]) -> None:
-        self.times: dict[Product, list[float]] = {product: [] for product in products}
+        self.times: dict[Product, deque[float]] = {product: deque(maxlen=_KEPT) for product in products}
         self.best: Product | None = None
+        self._turn = itertools.cycle(self.times)
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.best is not None:
-            return self.best(x, weight, bias)
-        product = min(self.times, key=lambda p: len(self.times[p]))
+    def try_next(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product = next(self._turn)
         started = time.perf_counter()
         y = product(x, weight, bias)
         self.times[product].append(time.perf_counter() - started)
@@ -85,6 +89,7 @@ class FewRows:
     def __init__(self, module: nn.Linear) -> None:
         self.parameters = module._parameters
         self.choices: dict[int, Choice] = {}  # by number of rows: those that this layer has met
+        self.calls = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         weight: Any = self.parameters["weight"]
@@ -96,7 +101,9 @@ class FewRows:
         if choice is None:
             key = (rows, weight.shape, weight.dtype, torch.get_num_threads())
             choice = self.choices[rows] = _choices.setdefault(key, Choice(products_for(weight)))
-        return (choice.best or choice.multiply)(x, weight, bias)
+        self.calls += 1
+        product = choice.best if self.calls % _AGAIN else None
+        return (product or choice.try_next)(x, weight, bias)
 
 
 @contextlib.contextmanager

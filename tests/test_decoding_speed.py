@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -35,6 +34,7 @@ def test_all_products_give_what_the_layer_gives(
     (choice,) = linear._choices.values()
     products = [linear.usual, linear.turned, linear.shared_out]
     assert {product: len(times) for product, times in choice.times.items()} == dict.fromkeys(products, linear._TRIES)
+    assert 3 * linear._TRIES + 1 < linear._AGAIN
     assert choice.best in products
     for y in found:
         assert y.shape == expected.shape
@@ -42,13 +42,38 @@ def test_all_products_give_what_the_layer_gives(
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_quicker_product_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.chain.from_iterable([10.0 * i, 10.0 * i + (1 if i % 2 else 2)] for i in range(100))
-    monkeypatch.setattr(linear.time, "perf_counter", lambda: next(clock))
+def test_the_quicker_product_is_chosen_and_a_bad_moment_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seconds = 0.0, {linear.usual: 2.0, linear.turned: 9.0}  # the turned one's bad moment
     choice = linear.Choice([linear.usual, linear.turned])
+
+    def clock() -> float:  # asked before and after each product, in turn
+        nonlocal now
+        asked = sum(map(len, choice.times.values()))
+        product = [linear.usual, linear.turned][asked % 2]
+        now += seconds[product] / 2  # half of it before, which no difference shows, and half after
+        return now
+
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: clock() * 2)
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
     for _ in range(2 * linear._TRIES):
-        choice.multiply(torch.randn(2, 3), torch.randn(4, 3), None)
-    assert choice.best is linear.turned, "1 s each, and the usual one 2 s"
+        assert choice.best is None
+        choice.try_next(x, weight, None)
+    assert choice.best is linear.usual
+    seconds[linear.turned] = 1.0
+    for _ in range(2 * linear._KEPT):
+        choice.try_next(x, weight, None)
+    assert choice.best is linear.turned
+
+
+def test_calls_are_timed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    layer = nn.Linear(300, 400)
+    first, more = 3 * linear._TRIES, 10
+    with torch.no_grad(), linear.few_rows(layer):
+        for _ in range(first + more * linear._AGAIN):
+            layer(torch.randn(2, 300))
+    (choice,) = linear._choices.values()
+    assert first + more - 1 <= sum(map(len, choice.times.values())) <= first + more + 1
 
 
 def test_a_weight_is_shared_out_only_where_that_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
