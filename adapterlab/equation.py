@@ -12,6 +12,7 @@ is b − s_out ⊙ b. It can't be scaled or blended.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,71 +36,91 @@ class Term:
 
 def blend_obstacle(layer: nn.Module, name: str) -> str | None:
     """Why `layer` can't follow a multiplier or stand in a blend, or None if it can."""
-    from peft.tuners.adalora.layer import AdaLoraLayer
+    return _obstacle(*_types(layer, name))
+
+
+def _types(layer: Any, name: str) -> tuple[type, type, type]:
+    """Of the layer, of adapter `name`'s LoRA variant in it and of the base's module: what the layer does follows."""
+    variants, modules = layer.__dict__.get("lora_variant"), layer._modules
+    return type(layer), type((variants or {}).get(name)), type(modules.get("base_layer"))
+
+
+@functools.cache
+def _obstacle(kind: type, variant: type, base: type) -> str | None:
     from peft.tuners.ia3.layer import IA3Layer
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(layer, ModulesToSaveWrapper):
+    if issubclass(kind, ModulesToSaveWrapper):
         return "modules_to_save replaces a whole module"
-    if isinstance(layer, TrainableTokensWrapper):
+    if issubclass(kind, TrainableTokensWrapper):
         return "trainable tokens replace rows of the embedding"
-    if isinstance(layer, ParamWrapper):
+    if issubclass(kind, ParamWrapper):
         return "target_parameters adapts a bare parameter"
-    if isinstance(layer, LoraLayer) and layer.lora_variant.get(name) is not None:
-        return f"{type(layer.lora_variant[name]).__name__.removesuffix('Variant')} is no plain ΔW that could be scaled"
-    base = getattr(layer, "base_layer", None)
+    if issubclass(kind, LoraLayer) and variant is not type(None):
+        return f"{variant.__name__.removesuffix('Variant')} is no plain ΔW that could be scaled"
     allowed: tuple[type, ...] = (nn.Linear, Conv1D)
-    if isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer):
+    if _method(kind) == "lora":
         allowed = (nn.Linear, Conv1D, nn.Embedding)
-    if not isinstance(layer, (LoraLayer, IA3Layer)) or not isinstance(base, allowed):
-        return f"the lab knows no multiplier for {type(layer).__module__.split('.')[-2]} on {type(base).__name__}"
+    if not issubclass(kind, (LoraLayer, IA3Layer)) or not issubclass(base, allowed):
+        return f"the lab knows no multiplier for {kind.__module__.split('.')[-2]} on {base.__name__}"
     return None
+
+
+@functools.cache
+def _method(kind: type) -> str:
+    """Which of the equation's methods PEFT's layers of this type are: "lora", "adalora", "ia3", or "" for none."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.ia3.layer import IA3Layer
+    from peft.tuners.lora.layer import LoraLayer
+
+    known = ((AdaLoraLayer, "adalora"), (LoraLayer, "lora"), (IA3Layer, "ia3"))
+    return next((method for cls, method in known if issubclass(kind, cls)), "")
 
 
 def factors(layer: Any, name: str) -> tuple[Tensor | None, Tensor | None]:
     """A: (r, in) and B: (out, r) of adapter `name` in one of PEFT's LoRA-like layers, the parameters themselves."""
-    from peft.tuners.adalora.layer import AdaLoraLayer
-    from peft.tuners.lora.layer import LoraLayer
-
-    if not isinstance(layer, LoraLayer):
-        return None, None
-    if isinstance(layer, AdaLoraLayer):
+    method = _method(layer.__class__)
+    if method == "adalora":
         return layer.lora_A[name], layer.lora_B[name]
-    if name in layer.lora_embedding_A:
+    if method != "lora":
+        return None, None
+    modules = layer._modules
+    mine = modules["lora_A"]._modules.get(name)
+    if mine is None:
         return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
+    return mine.weight, modules["lora_B"]._modules[name].weight
 
 
 def compute_term(layer: Any, name: str, multiplier: float) -> Term:
     """The term of adapter `name` in one of PEFT's tuner layers; nothing is copied but IA3's scaled vector."""
-    from peft.tuners.adalora.layer import AdaLoraLayer
-    from peft.tuners.ia3.layer import IA3Layer
-
-    if isinstance(layer, IA3Layer):
+    method = _method(layer.__class__)
+    if method == "ia3":
         scale = 1 + multiplier * (layer.ia3_l[name].flatten() - 1)
         return Term(s_in=scale) if layer.is_feedforward else Term(s_out=scale)
     A, B = factors(layer, name)
-    if isinstance(layer, AdaLoraLayer):
+    if method == "adalora":
         share = multiplier * layer.scaling[name] / (layer.ranknum[name] + 1e-5)
         return Term(A, B, layer.lora_E[name].flatten() * share)
     scaling = multiplier * layer.scaling[name]
-    bias = None if name in layer.lora_embedding_A else layer.lora_B[name].bias
+    out = layer._modules["lora_B"]._modules.get(name)  # None on an embedding
+    bias = None if out is None else out.bias
     return Term(A, B, scaling, bias=None if bias is None else scaling * bias)
 
 
 def is_dora(layer: Any, name: str) -> bool:
     """Whether adapter `name` is DoRA in this layer, on a linear module whose equation is known here."""
+    return _is_dora(*_types(layer, name))
+
+
+@functools.cache
+def _is_dora(kind: type, variant: type, base: type) -> bool:
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
 
-    return (
-        isinstance(layer, LoraLayer)
-        and type(layer.lora_variant.get(name)) is DoraLinearVariant
-        and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))
-    )
+    return issubclass(kind, LoraLayer) and variant is DoraLinearVariant and issubclass(base, (nn.Linear, Conv1D))
 
 
 def compute_dora(layer: Any, name: str) -> Term:
