@@ -92,7 +92,7 @@ def write(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.json").write_text(results.to_json(), encoding="utf-8")
     (folder / "compare.md").write_text(markdown(results), encoding="utf-8")
-    draw(results).savefig(folder / "compare.png")
+    draw(results).savefig(folder / "compare.png", bbox_inches="tight")  # the legend may be wider than one part
 
 
 if __name__ == "__main__":
