@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 CELLS = ("from adapterlab import AdapterLab\n\nlab = AdapterLab.demo()", "lab.show()")
-PATIENCE = 600_000
+PATIENCE = 120_000
 TALL = 2600
 
 
@@ -34,12 +34,14 @@ def compare(page: Page) -> None:
     page.locator(".alab-card").last.locator(".alab-done").wait_for(timeout=PATIENCE)
 
 
-def fail_to_load(page: Page) -> None:
-    """After a comparison, load an adapter from a folder that is not there."""
+def fail_to_add(page: Page) -> None:
+    """After a comparison, add an adapter under a name that is taken."""
     compare(page)
-    page.get_by_role("button", name="Load an adapter").click()
-    page.get_by_label("Folder or Hub id").fill("./adapters/poet")
-    page.get_by_role("button", name="Load", exact=True).click()
+    page.get_by_role("button", name="Add a new adapter").click()
+    form = page.locator(".alab-inset").filter(has_text="Target modules")
+    form.get_by_label("Target modules").select_option(["q_proj", "v_proj"])
+    form.get_by_label("Name").fill("pirate")
+    form.get_by_role("button", name="Add", exact=True).click()
     page.locator(".alab-notice-box.alab-error").wait_for(timeout=PATIENCE)
 
 
@@ -74,7 +76,7 @@ SHOTS = {
     "panel": Shot(1200),
     "panel-dark": Shot(1200, theme="JupyterLab Dark"),
     "panel-narrow": Shot(600),
-    "panel-error": Shot(1200, act=fail_to_load),
+    "panel-error": Shot(1200, act=fail_to_add),
     "panel-blind": Shot(1200, act=blind),
     "panel-likelihood": Shot(1200, act=likelihood),
     "panel-streaming": Shot(1200, act=in_mid_stream),

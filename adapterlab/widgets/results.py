@@ -45,7 +45,7 @@ class ResultsBar:
         self.history.observe(self._choose, "value")
         for fold in folds:
             fold.button.observe(lambda _: self._render(), "value")
-        names = ["history", "shown", "marks", "hidden", "code", "busy", "closed"]
+        names = ["history", "shown", "marks", "blind", "hidden", "code", "busy", "closed"]
         state.observe(lambda _: self._render(), names)
         self._render()
 
@@ -79,6 +79,7 @@ class ResultsBar:
         self.history.disabled = running or state.closed or not state.history
         self.marks.disabled = running or state.closed
         self.blind.disabled = running or state.closed
+        self.blind.description = "Blind: on" if state.blind else "Blind"
         self.reveal.layout.display = None if state.hidden and not running else "none"
         self.code_fold.button.layout.display = None if state.code else "none"
         self.code.value = f"<pre>{escape(state.code)}</pre>" if state.code and self.code_fold.open else ""
