@@ -83,6 +83,15 @@ def test_a_weight_is_shared_out_only_where_that_is_even(monkeypatch: pytest.Monk
     assert linear.shared_out not in linear.products_for(torch.randn(3, 4).T)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "exchanged"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_in_half_precision_the_clock_has_no_say(dtype: torch.dtype, exchanged: bool) -> None:
+    layer = nn.Linear(300, 400).to(dtype)
+    with linear.few_rows(layer):
+        assert ("forward" in layer.__dict__) is exchanged
+
+
 def test_layers_are_afterwards_as_they_were_and_some_are_left_alone() -> None:
     class Own(nn.Linear):
         pass
