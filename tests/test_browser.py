@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
-PATIENCE = 300_000  # ms: two slow cores generate a few dozen tokens in each of three columns
+PATIENCE = 60_000  # ms: two slow cores generate a few dozen tokens in each of three columns
 PROMPT = "What is rain?"
 TOKENS = 24
 ANSWERS = "{g.column: g.text for g in lab.last.generations}"
@@ -68,7 +68,12 @@ def card_texts(page: Page) -> dict[str, str]:
 
 
 def wait_until_done(page: Page) -> None:
-    page.locator(".alab-card").last.locator(".alab-done").wait_for(timeout=PATIENCE)
+    """Until the kernel has ended what was clicked, and the page shows the columns that it made."""
+    from playwright.sync_api import expect
+
+    columns = json_from_kernel(page, "lab.wait()", "[g.column for g in lab.last.generations]")
+    expect(page.locator(".alab-card h4")).to_have_text(columns)
+    expect(page.locator(".alab-card .alab-done")).to_have_count(len(columns))
     button(page, "Generate").wait_for(timeout=PATIENCE)
 
 
