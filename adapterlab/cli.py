@@ -1,4 +1,5 @@
-"""The command: `adapterlab demo` answers one question side by side in the terminal, then opens the notebook."""
+"""The command: `adapterlab demo` answers one question side by side in the terminal, then opens the notebook; `adapterlab
+app` serves the panel as a page of its own."""
 
 from __future__ import annotations
 
@@ -60,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     demo.add_argument("--headless", action="store_true", help="print the comparison and end")
     demo.set_defaults(run=run_demo)
+    app = commands.add_parser(
+        "app",
+        help="the panel as a page of its own, without a notebook",
+        description="Serve the panel with Voila, on this machine only, until Ctrl-C. Each visitor gets a lab of their own.",
+    )
+    app.add_argument(
+        "model", metavar="MODEL", help="a folder or Hub id of a model or an adapter; demo for the demo model"
+    )
+    app.add_argument(
+        "--adapter", action="append", default=[], metavar="PATH", help="a folder or Hub id; may be given several times"
+    )
+    app.add_argument("--quantization", choices=["8bit", "4bit"], help="hold the base in 8 or 4 bits")
+    app.add_argument("--port", type=int, metavar="N", help="where to listen (a free port from 8866 on)")
+    app.add_argument("--no-browser", action="store_true", help="only say the address")
+    app.set_defaults(run=run_app)
     return parser
 
 
@@ -82,6 +98,15 @@ def run_demo(arguments: argparse.Namespace) -> int:
     finally:
         lab.close()
     return open_notebook() if interactive else 0
+
+
+def run_app(arguments: argparse.Namespace) -> int:
+    """Serve the panel until it is interrupted."""
+    from adapterlab.app import serve_app
+
+    return serve_app(
+        arguments.model, arguments.adapter, arguments.quantization, arguments.port, not arguments.no_browser
+    )
 
 
 def print_comparison(lab: AdapterLab, prompt: str, **settings: Any) -> Comparison:

@@ -454,10 +454,12 @@ class AdapterLab:
                 finished=self._finished,
             )
             self._running = threading.get_ident()
+            self._tell("running")
             try:
                 return run_comparison(run)
             finally:
                 self._running = None
+                self._tell("running")
 
     @_exclusive
     def clear_cache(self) -> None:
@@ -501,6 +503,11 @@ class AdapterLab:
     def stop(self) -> None:
         """End a running generation within a token, from any thread; what was said so far is kept."""
         self._stop.set()
+
+    @property
+    def running(self) -> bool:
+        """Whether a comparison runs now, in whatever thread."""
+        return self._running is not None
 
     def track(self, future: Future[Any]) -> None:
         """Let `wait()` wait for this piece of background work too."""
@@ -591,8 +598,8 @@ class AdapterLab:
         return self._tokenizer
 
     def on_change(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "history" or
-        "closed". Gives back a function that unsubscribes."""
+        """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "history", "running"
+        (a comparison begins or has ended) or "closed". Gives back a function that unsubscribes."""
         self._listeners.append(listener)
 
         def unsubscribe() -> None:

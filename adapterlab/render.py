@@ -36,27 +36,38 @@ def comparison_page(comparison: Comparison) -> str:
     )
 
 
-def mark_words(text: str, base: str, *, removed: bool = False) -> str:
+def mark_words(text: str, base: str, *, removed: bool = False, at: int | None = None, sign: str = "") -> str:
     """`text` escaped, with the runs of words that `base` does not have at that place inside <ins>.
 
     removed: also show, inside <del>, what base said there instead, if the texts are alike; where they are not, that
-    would be base's whole answer struck out.
+    would be base's whole answer struck out. at: place in `text` before which `sign`, as it is, is put.
     """
     mine, theirs = re.findall(r"\S+\s*", text), re.findall(r"\S+\s*", base)
     plain = difflib.SequenceMatcher(None, [w.strip() for w in theirs], [w.strip() for w in mine], autojunk=False)
     removed = removed and plain.ratio() >= ALIKE
-    pieces = []
+    lead = text[: len(text) - len(text.lstrip())]
+    here = len(lead)
+    pieces = [_with_sign(lead, at, sign)]
     for tag, was, until, start, end in plain.get_opcodes():
         gone = escape("".join(theirs[was:until]).rstrip())
-        words = escape("".join(mine[start:end]))
+        words = "".join(mine[start:end])
+        inside = None if at is None else at - here
+        here += len(words)
         if removed and gone and tag in ("replace", "delete"):
             pieces.append(f"<del>{gone} </del>")
         if words and tag in ("replace", "insert"):
             bare = words.rstrip()
-            words = f"<ins>{bare}</ins>{words[len(bare) :]}"
-        pieces.append(words)
-    lead = text[: len(text) - len(text.lstrip())]
-    return escape(lead) + "".join(pieces)
+            pieces.append(f"<ins>{_with_sign(bare, inside, sign)}</ins>")
+            inside, words = None if inside is None else inside - len(bare), words[len(bare) :]
+        pieces.append(_with_sign(words, inside, sign))
+    return "".join(pieces)
+
+
+def _with_sign(text: str, at: int | None, sign: str) -> str:
+    """`text` escaped, with `sign` before its place `at`, if that is one of its own."""
+    if at is None or not 0 <= at < len(text):
+        return escape(text)
+    return escape(text[:at]) + sign + escape(text[at:])
 
 
 def _table(comparison: Comparison, index: int) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from jupyterlab_page import jupyterlab, notebook_page, run_all_cells  # noqa: E402
+from jupyterlab_page import jupyterlab, notebook_page, run_all_cells, write_notebook  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -85,15 +85,10 @@ SHOTS = {
 
 def take(name: str, shot: Shot, folder: Path) -> Path:
     """One picture of the panel, `shot.width` pixels wide, into `folder`."""
-    import nbformat
-
     with TemporaryDirectory() as scratch:
         root = Path(scratch) / "root"
         root.mkdir()
-        cells = [nbformat.v4.new_code_cell(cell) for cell in CELLS]
-        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-        nbformat.write(notebook, root / "panel.ipynb")
+        write_notebook(root / "panel.ipynb", *CELLS)
         with (
             jupyterlab(root, Path(scratch) / "server", theme=shot.theme) as url,
             notebook_page(url, "panel.ipynb", width=shot.width + 200, height=TALL) as page,

@@ -36,6 +36,8 @@ class FakeLab:
         self.model = SimpleNamespace(named_modules=lambda: modules)
         self.adapters: dict[str, Any] = {}
         self.selection, self.enabled, self.closed = Column(), True, False
+        self.trainable: str | None = None
+        self.running = False
         self.history: list[Comparison] = []
         self.answers: dict[str, str] = {}
         self.calls: list[tuple[str, Any]] = []
@@ -98,12 +100,18 @@ class FakeLab:
         self.enabled = False
         self._emit("state")
 
-    def load_adapter(self, source: str, adapter_name: str | None = None) -> None:
+    def set_trainable(self, name: str | None) -> None:
+        self._called("set_trainable", name)
+        self.trainable = name
+        self._emit("state")
+
+    def load_adapter(self, source: str, adapter_name: str | None = None) -> str:
         self._called("load_adapter", source, adapter_name)
         name = adapter_name or source.rsplit("/", 1)[-1]
         self._attach(name, "LORA", 8, 460_800, "loaded")
         self.selection, self.enabled = Column.of(name), True
         self._emit("adapters")
+        return name
 
     def add_adapter(self, method: str, adapter_name: str = "default", **config: Any) -> None:
         self._called("add_adapter", method, adapter_name, config)
@@ -144,6 +152,7 @@ class FakeLab:
         self._stopped.clear()
         columns = [None, *self.adapters] if columns is None else columns
         self._called("compare", prompt, [Column.of(column).label for column in columns], settings)
+        self.set_running(True)
         generations = [self._say(str(prompt), Column.of(column), on_token) for column in columns]
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         comparison = Comparison(
@@ -154,10 +163,23 @@ class FakeLab:
             model={"name": self.name},
             generations=generations,
         )
+        self.set_running(False)
         comparison._score = lambda c: [tuple(-2.0 * i for i in range(g.new_tokens)) for g in c.generations]
         self.history.append(comparison)
         self._emit("history")
         return comparison
+
+    def verify(self, comparison: Comparison) -> pd.DataFrame:
+        self._called("verify", comparison)
+        agreeing = {"weights_agree": True, "active_agree": True, "tokens_agree": True, "logprob_error": 2e-6}
+        return pd.DataFrame(
+            {"prompt": g.prompt, "column": g.column, **agreeing, "agrees": True, "note": ""}
+            for g in comparison.generations
+        )
+
+    def set_running(self, running: bool) -> None:
+        self.running = running
+        self._emit("running")
 
     def _say(self, prompt: str, column: Column, on_token: Any) -> Generation:
         words = self.answers.get(column.label, f"I am {column.label} .").split(" ")

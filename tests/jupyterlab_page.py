@@ -1,4 +1,4 @@
-"""JupyterLab on a notebook in a real browser: for the browser tests and for the screenshots."""
+"""JupyterLab and Voila in a real browser: for the browser tests, the screenshots and the benchmark of the panel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -48,16 +52,22 @@ def find_chromium() -> str | None:
 
 
 @contextmanager
-def jupyterlab(root: Path, scratch: Path, *, theme: str = "JupyterLab Light") -> Iterator[str]:
+def jupyterlab(
+    root: Path, scratch: Path, *, theme: str = "JupyterLab Light", subshells: bool = True, **environment: str
+) -> Iterator[str]:
     """A JupyterLab server on `root`, on this machine only and with a token of its own; yields its URL.
 
-    Everything it writes goes below `scratch`. The server and its kernels are ended on leaving.
+    Everything it writes goes below `scratch`. The server and its kernels are ended on leaving. subshells: let the
+    page's messages to widgets have threads of their own, as is the default. environment: further variables of the server
+    and its kernels.
     """
     settings = scratch / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}), encoding="utf-8")
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet), encoding="utf-8")
+    comms = {"commsOverSubshells": "perCommTarget" if subshells else "disabled"}
+    (settings / "kernels-settings.jupyterlab-settings").write_text(json.dumps(comms), encoding="utf-8")
     token = secrets.token_hex(16)
     options = {
         "ServerApp.ip": "127.0.0.1",
@@ -74,28 +84,54 @@ def jupyterlab(root: Path, scratch: Path, *, theme: str = "JupyterLab Light") ->
     folders = {
         name: str(scratch / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     }
+    with _served(command, r"(http://127\.0\.0\.1:\d+)/lab", cwd=root, env={**folders, **environment}) as url:
+        yield f"{url}|{token}"
+
+
+@contextmanager
+def voila_app(model: str) -> Iterator[str]:
+    """`adapterlab app` on a model, without opening a browser; yields the address that it says, token included."""
+    command = [sys.executable, "-m", "adapterlab.cli", "app", model, "--no-browser"]
+    with _served(command, r"(http://127\.0\.0\.1:\d+/\S*)", own_group=True) as url:
+        yield url
+
+
+@contextmanager
+def _served(
+    command: list[str],
+    address: str,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    own_group: bool = False,
+) -> Iterator[str]:
+    """The command as a process that says where it listens; ended on leaving. own_group: with the processes it started."""
     # A core for the browser: torch's threads wait for one another busily, and with as many threads as cores each
     # repaint of the page holds all of them up (measured on two cores: the notebook takes 114 s instead of 32 s).
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
     with subprocess.Popen(
         command,
-        cwd=root,
-        env={**os.environ, **threads, **folders},
+        cwd=cwd,
+        env={**os.environ, **threads, **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=own_group,
     ) as server:
         try:
-            yield f"{_wait_for_url(server)}|{token}"
+            yield _wait_for_url(server, address)
         finally:
-            server.terminate()
+            if own_group:
+                os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
+            else:
+                server.terminate()
             try:
                 server.wait(30)
             except subprocess.TimeoutExpired:
                 server.kill()
 
 
-def _wait_for_url(server: subprocess.Popen[str]) -> str:
+def _wait_for_url(server: subprocess.Popen[str], address: str) -> str:
     """The URL the server says it listens at. Goes on reading its log afterwards, so that the pipe never fills."""
     found: list[str] = []
     log: list[str] = []
@@ -105,7 +141,7 @@ def _wait_for_url(server: subprocess.Popen[str]) -> str:
         assert server.stderr is not None
         for line in server.stderr:
             log.append(line)
-            match = re.search(r"(http://127\.0\.0\.1:\d+)/lab", line)
+            match = re.search(address, line)
             if match and not found:
                 found.append(match.group(1))
                 ready.set()
@@ -113,7 +149,7 @@ def _wait_for_url(server: subprocess.Popen[str]) -> str:
 
     threading.Thread(target=read, daemon=True).start()
     ready.wait(START_SECONDS)
-    assert found, "JupyterLab did not start:\n" + "".join(log[-30:])
+    assert found, "the server did not start:\n" + "".join(log[-30:])
     return found[0]
 
 
@@ -122,9 +158,17 @@ def notebook_page(
     url: str, notebook: str, *, width: int = 1400, height: int = 1000, scale: float = 1.0
 ) -> Iterator[Page]:
     """`notebook` (a path below the server's root) open in Chromium, its kernel ready. `url` is what `jupyterlab` gave."""
+    address, token = url.split("|")
+    with chromium_page(f"{address}/lab/tree/{notebook}?reset&token={token}", width, height, scale) as page:
+        wait_for_kernel(page)
+        yield page
+
+
+@contextmanager
+def chromium_page(url: str, width: int = 1400, height: int = 1000, scale: float = 1.0) -> Iterator[Page]:
+    """A page of a fresh Chromium."""
     from playwright.sync_api import sync_playwright
 
-    address, token = url.split("|")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=find_chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"]
@@ -132,13 +176,40 @@ def notebook_page(
         try:
             page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
             page.set_default_timeout(60_000)
-            page.goto(f"{address}/lab/tree/{notebook}?reset&token={token}")
-            page.wait_for_function(
-                "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-            )
+            page.goto(url)
             yield page
         finally:
             browser.close()
+
+
+def wait_for_kernel(page: Page) -> None:
+    """Until JupyterLab has opened the notebook, and its kernel is idle."""
+    page.wait_for_function(
+        "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+    )
+
+
+def need_browser(*modules: str) -> None:
+    """Skip the test where Chromium, playwright or one of `modules` is missing; in CI, fail."""
+    reason = None
+    for module in ("playwright", *modules):
+        if find_spec(module) is None:
+            reason = f"{module} is not installed: pip install 'adapterlab[lab,test]'"
+    if find_chromium() is None:
+        reason = "no Chromium: install one (Debian: apt-get install chromium) or set ADAPTERLAB_CHROMIUM to its path"
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"The browser test can't run: {reason}.")
+    if reason:
+        pytest.skip(reason)
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    """A notebook of these code cells, not run."""
+    import nbformat
+
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    code = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata={"kernelspec": kernel}), path)
 
 
 def run_all_cells(page: Page) -> None:

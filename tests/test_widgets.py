@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import io
@@ -11,6 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +38,7 @@ CALLS = [
     "add_adapter",
     "delete_adapter",
     "save_adapter",
+    "set_trainable",
 ]
 
 
@@ -64,6 +67,17 @@ def panel(lab: FakeLab) -> Iterator[Panel]:
 
 def press_enter(panel: Panel) -> None:
     panel.prompt.text._handle_custom_msg({"event": "submit"}, [])
+
+
+@contextlib.contextmanager
+def before_it_settles(panel: Panel, lab: FakeLab) -> Iterator[None]:
+    """What is done inside comes in after the click and before the panel reads what was set; then the work is awaited."""
+    worker, gate = panel.do.worker, threading.Event()
+    closing, worker._closing = worker._closing, SimpleNamespace(wait=lambda seconds: gate.wait(20))  # type: ignore[assignment]
+    yield
+    gate.set()
+    lab.wait()
+    worker._closing = closing
 
 
 def texts(panel: Panel) -> dict[str, str]:
@@ -159,7 +173,7 @@ class TestPanelToLab:
         panel.prompt.text.value = "Why?"
         panel.prompt.generate.click()
         lab.wait()
-        panel.prompt.system.value = "Be brief."
+        panel.prompt.chat.system.value = "Be brief."
         panel.prompt.generate.click()
         lab.wait()
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -168,7 +182,7 @@ class TestPanelToLab:
         panel.close()
 
     def test_without_a_chat_template_there_is_no_system_turn(self, panel: Panel, lab: FakeLab) -> None:
-        assert panel.prompt.system_fold.button.layout.display == "none"
+        assert panel.prompt.chat.fold.button.layout.display == "none"
 
     def test_enter_generates(self, panel: Panel, lab: FakeLab) -> None:
         press_enter(panel)
@@ -176,9 +190,9 @@ class TestPanelToLab:
         assert lab.last.columns == ["base", "pirate", "robot"]
 
     def test_letters_that_arrive_just_after_enter_are_in_the_prompt(self, panel: Panel, lab: FakeLab) -> None:
-        press_enter(panel)
-        panel.prompt.text.value = "What is rain?"  # the page sends the text after the key
-        lab.wait()
+        with before_it_settles(panel, lab):
+            press_enter(panel)
+            panel.prompt.text.value = "What is rain?"  # the page sends the text after the key
         assert lab.last.prompts == ["What is rain?"]
 
     def test_an_example_fills_the_prompt(self, panel: Panel) -> None:
@@ -252,6 +266,7 @@ class TestPanelToLab:
         assert "someone/poet does not fit: It is of another base." in panel.notice.html.value
         panel.load_form.source.value = " "
         panel.load_form.check.click()
+        lab.wait()
         assert "Which adapter?" in panel.notice.html.value
         assert len(lab.calls) == 2
 
@@ -270,8 +285,9 @@ class TestPanelToLab:
 
     def test_load_without_a_source_says_so_and_calls_nothing(self, panel: Panel, lab: FakeLab) -> None:
         panel.load_form.button.click()
+        lab.wait()
         assert lab.calls == []
-        assert panel.state.notice is not None
+        assert "Which adapter?" in panel.notice.html.value
 
     @pytest.mark.parametrize(
         ("method", "expected"),
@@ -309,8 +325,10 @@ class TestPanelToLab:
 
     def test_save_goes_into_the_folder_and_says_so(self, panel: Panel, lab: FakeLab) -> None:
         form = panel.save_form
-        assert [value for _, value in form.name.options] == ["pirate", "robot"]
-        form.name.value = "robot"
+        assert form.box.layout.display == "none"
+        panel.rows.by_name["robot"].save.click()
+        assert form.box.layout.display is None
+        assert "Save robot" in form.heading.value
         assert form.folder.value == "adapters/robot"
         form.folder.value = " here/it is "
         form.button.click()
@@ -318,12 +336,98 @@ class TestPanelToLab:
         assert lab.calls == [("save_adapter", ("robot", "here/it is"))]
         assert "saved in 'here/it is'" in html.unescape(panel.notice.html.value)
         assert "trained here" in panel.rows.by_name["robot"].facts.value
+        form.cancel.click()
+        assert form.box.layout.display == "none"
 
     def test_save_without_a_folder_says_so(self, panel: Panel, lab: FakeLab) -> None:
+        panel.rows.by_name["pirate"].save.click()
         panel.save_form.folder.value = ""
         panel.save_form.button.click()
+        lab.wait()
         assert lab.calls == []
         assert "Give a folder" in panel.notice.html.value
+
+    def test_what_arrives_just_after_the_click_still_counts(self, panel: Panel, lab: FakeLab) -> None:
+        """JupyterLab hands a click and what was typed before it to different threads, in whichever order."""
+        with before_it_settles(panel, lab):
+            panel.prompt.generate.click()
+            panel.prompt.sampling.max_new_tokens.value = 12
+            panel.rows.by_name["robot"].compare.value = False
+        _, columns, settings = lab.calls[-1][1]
+        assert columns == ["base", "pirate"]
+        assert settings["max_new_tokens"] == 12
+        with before_it_settles(panel, lab):
+            panel.load_form.button.click()
+            panel.load_form.source.value = "someone/poet"
+        assert ("load_adapter", ("someone/poet", None)) in lab.calls
+        with before_it_settles(panel, lab):
+            panel.add_form.button.click()
+            panel.add_form.name.value = "mine"
+        assert "mine" in lab.adapters
+        with before_it_settles(panel, lab):
+            panel.rows.by_name["pirate"].use.click()
+            panel.rows.by_name["pirate"].multiplier.value = 0.5
+        assert lab.selection == Column.of({"pirate": 0.5})
+
+    def test_earlier_turns_make_a_chat(self, lab: FakeLab) -> None:
+        lab.tokenizer.chat_template = "there is one"
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        chat = panel.prompt.chat
+        for _ in range(3):
+            chat.add.click()
+        assert panel.state.turns == (("user", ""), ("assistant", ""), ("user", ""))
+        for place, said in enumerate(["Hello", "Arr!", "gone again"]):
+            chat._boxes[place][1].value = said
+        panel.prompt.text.value = "Who are you?"
+        chat.turns.children[2].children[-1].click()
+        assert len(chat.turns.children) == 2
+        assert chat.fold.button.description.endswith("Chat: 2 earlier turns")
+        panel.prompt.generate.click()
+        lab.wait()
+        asked = [("user", "Hello"), ("assistant", "Arr!"), ("user", "Who are you?")]
+        assert lab.calls[0][1][0] == [{"role": role, "content": content} for role, content in asked]
+        panel.state.turns = (("assistant", "Set in Python"),)
+        assert [(role.value, words.value) for role, words in chat._boxes] == [("assistant", "Set in Python")]
+        panel.close()
+
+    def test_a_blend_gets_a_row_and_a_column_of_its_own(self, panel: Panel, lab: FakeLab) -> None:
+        form = panel.blend_form
+        assert list(form.sliders) == ["pirate", "robot"]
+        form.sliders["pirate"].value, form.sliders["robot"].value = 0.7, 0.3
+        form.button.click()
+        lab.wait()
+        label = "pirate × 0.7 + robot × 0.3"
+        assert list(panel.rows.by_name) == ["base", "pirate", "robot", label]
+        assert "blend of 2" in panel.rows.by_name[label].facts.value
+        panel.prompt.generate.click()
+        lab.wait()
+        assert lab.last.columns == ["base", "pirate", "robot", label]
+        assert texts(panel)[label] == lab.last[label].text
+        assert panel.columns.cards[label]._hue == 3
+        panel.rows.by_name[label].use.click()
+        lab.wait()
+        assert lab.selection == Column.of({"pirate": 0.7, "robot": 0.3})
+        assert panel.rows.by_name[label].use.disabled
+        assert label not in panel.sizes.html.value, "a blend has no parameters of its own"
+        form.button.click()
+        lab.wait()
+        assert "has a row already" in panel.notice.html.value
+        lab.delete_adapter("robot")
+        assert list(panel.rows.by_name) == ["base", "pirate"], "a blend goes with its adapters"
+        assert form.fold.button.layout.display == "none", "one adapter is no blend"
+
+    def test_a_blend_is_removed_without_touching_the_lab(self, panel: Panel, lab: FakeLab) -> None:
+        panel.blend_form.button.click()
+        lab.wait()
+        row = panel.rows.by_name["pirate × 0.5 + robot × 0.5"]
+        assert row.delete.description == "Remove"
+        row.delete.click()
+        assert list(panel.rows.by_name) == ["base", "pirate", "robot"]
+        panel.blend_form.sliders["robot"].value = 0.0
+        panel.blend_form.button.click()
+        lab.wait()
+        assert "two adapters or more" in panel.notice.html.value
+        assert lab.calls == []
 
     def test_a_multiplier_without_a_meaning_can_t_be_moved_and_says_why(self, panel: Panel, lab: FakeLab) -> None:
         lab.adapters["pirate"].multiplier_obstacle = "Dora is no plain ΔW that could be scaled"
@@ -343,6 +447,7 @@ class TestPanelToLab:
         for row in panel.rows.by_name.values():
             row.compare.value = False
         panel.prompt.generate.click()
+        lab.wait()
         assert lab.calls == []
         assert "No column" in panel.notice.html.value
 
@@ -398,6 +503,43 @@ class TestLabToPanel:
         assert not (sampling.seed.disabled)
         assert not (sampling.top_p.disabled)
         assert not (sampling.top_k.disabled)
+
+
+class TestTabs:
+    def test_one_body_at_a_time(self, panel: Panel) -> None:
+        tabs = panel.tabs
+        assert tabs.open == "Compare"
+        for name in ("Train", "Inspect", "Compare"):
+            tabs.open = name
+            assert tabs.buttons.value == name
+            assert [key for key, body in tabs.bodies.items() if body.layout.display is None] == [name]
+
+    def test_who_learns_is_the_same_in_python_and_in_the_panel(self, panel: Panel, lab: FakeLab) -> None:
+        panel.train.name.value = "robot"
+        lab.wait()
+        assert lab.trainable == "robot"
+        assert "lab.set_trainable('robot')" in html.unescape(panel.train.code.value)
+        lab.set_trainable("pirate")
+        assert panel.train.name.value == "pirate"
+        lab.fail_with = AdapterLabError("No.")
+        panel.train.name.value = "robot"
+        lab.wait()
+        assert panel.train.name.value == "pirate", "what is, not what was wished"
+
+    def test_verify_shows_the_verdict_on_the_columns_shown(self, panel: Panel, lab: FakeLab) -> None:
+        assert panel.trust.button.disabled
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.trust.button.click()
+        lab.wait()
+        assert lab.calls[-1] == ("verify", (lab.last,))
+        assert panel.state.code == "lab.verify(lab.history[0])"
+        rows = re.findall(r"<th scope='row'>(\w+)</th><td>yes</td>", panel.trust.table.value)
+        assert rows == ["base", "pirate", "robot"]
+        assert "2.0e-06" in panel.trust.table.value
+        panel.prompt.generate.click()
+        lab.wait()
+        assert panel.trust.table.value == "", "a verdict is on what it was made of"
 
 
 class TestWhileGenerating:
@@ -458,6 +600,26 @@ class TestWhileGenerating:
         lab.wait()
         assert list(panel.columns.cards) == ["base", "pirate"]
 
+    def test_a_second_panel_sees_it_and_can_stop_it(
+        self, panel: Panel, lab: FakeLab, running: threading.Semaphore
+    ) -> None:
+        other = build_panel(lab)  # type: ignore[arg-type]
+        assert not panel.state.elsewhere
+        assert "another panel has started" in other.notice.html.value
+        assert not other.prompt.stop.disabled
+        other.prompt.generate.click()
+        assert "Not started" in other.notice.html.value
+        other.prompt.stop.click()
+        running.release(100)
+        lab.wait()
+        assert lab.last["base"].finish_reason == "stopped"
+        assert len(lab.history) == 1
+        assert not other.state.elsewhere
+        other.prompt.generate.click()
+        lab.wait()
+        assert len(lab.history) == 2
+        other.close()
+
     def test_closing_the_panel_stops_it(self, panel: Panel, lab: FakeLab, running: threading.Semaphore) -> None:
         panel.close()
         running.release(100)
@@ -499,10 +661,10 @@ def test_a_part_that_fails_leaves_the_panel_usable(panel: Panel, lab: FakeLab) -
 
     panel.state.observe(fail, "stoppable")
     with pytest.raises(ZeroDivisionError):
-        panel.generate()
+        panel.do.generate()
     panel.state.unobserve(fail, "stoppable")
     assert panel.state.busy == ""
-    panel.generate()
+    panel.do.generate()
     lab.wait()
     assert len(lab.history) == 1
 
@@ -530,7 +692,7 @@ class TestForeground:
         front.prompt.generate.click()
         assert texts(front) == {g.column: g.text for g in lab.last.generations}
         assert threads == {threading.current_thread().name}
-        front.use("pirate")
+        front.do.use("pirate")
         assert lab.selection == Column.of("pirate")
         assert front.state.busy == ""
         assert set(threading.enumerate()) <= before
@@ -557,7 +719,7 @@ def test_stop_before_the_lab_listens_still_stops(panel: Panel, lab: FakeLab) -> 
     lab.gate = threading.Semaphore(0)
     lab.answers["base"] = "one two three four"
     panel.prompt.generate.click()
-    panel._stop.set()  # what Stop sets first; the lab's own flag is cleared when compare begins
+    panel.do._stop.set()  # what Stop sets first; the lab's own flag is cleared when compare begins
     lab.gate.release(100)
     lab.wait()
     assert lab.history == [] or lab.last["base"].finish_reason == "stopped"
@@ -611,6 +773,20 @@ class TestMarks:
         panel.results.marks.value = "none"
         assert not re.search("<(ins|del)>", panel.columns.cards["pirate"].body.value)
 
+    @pytest.mark.parametrize("marks", ["words", "likelihood"])
+    def test_the_first_token_that_leaves_base_has_a_sign(self, panel: Panel, lab: FakeLab, marks: str) -> None:
+        lab.answers = {"base": "the sky is blue", "pirate": "the sky be <b> blue"}
+        panel.prompt.generate.click()
+        lab.wait()
+        lab.last.generations[1] = replace(lab.last["pirate"], first_difference=2, tie=True)
+        panel.do.mark(marks)
+        lab.wait()
+        panel.columns._render()
+        body = re.sub('<(?!span class="alab-leaves")[^>]*>', "", panel.columns.cards["pirate"].body.value)
+        sign = re.escape("Leaves base here, at token 3: a tie, rounding could have done it")
+        assert re.search(f'the sky ?(is )?<span class="alab-leaves" role="img" aria-label="{sign}"[^>]*>▸ ?be', body)
+        assert "alab-leaves" not in panel.columns.cards["base"].body.value
+
     def test_likelihood_shades_tokens_with_the_numbers_on_hover_and_in_a_table(
         self, panel: Panel, lab: FakeLab
     ) -> None:
@@ -638,7 +814,7 @@ class TestMarks:
         lab.gate = threading.Semaphore(0)
         panel.prompt.generate.click()
         assert panel.results.marks.disabled
-        panel.mark("likelihood")
+        panel.do.mark("likelihood")
         assert "still generating" in panel.notice.html.value
         assert panel.results.marks.value == panel.state.marks == "words"
         lab.gate.release(100)
@@ -693,14 +869,16 @@ class TestShowCode:
         panel.prompt.sampling.temperature.value = 0.8
         clicks = [
             panel.prompt.generate.click,
-            lambda: panel.use("pirate"),
-            lambda: panel.set_enabled(False),
-            lambda: panel.load("some/where", None),
-            lambda: panel.load("some/where", "here"),
-            lambda: panel.add("lora", "mine", {"r": 4, "target_modules": ["q_proj"]}),
-            lambda: panel.save("robot", "some/folder"),
-            lambda: panel.delete("robot"),
-            lambda: panel.use("base"),
+            lambda: panel.do.use("pirate"),
+            lambda: panel.do.set_enabled(False),
+            lambda: panel.do.load(lambda: ("some/where", None)),
+            lambda: panel.do.load(lambda: ("some/where", "here")),
+            lambda: panel.do.add(lambda: ("lora", "mine", {"r": 4, "target_modules": ["q_proj"]})),
+            lambda: panel.do.save(lambda: ("robot", "some/folder")),
+            lambda: panel.do.set_trainable("robot"),
+            lambda: panel.do.set_trainable(None),
+            lambda: panel.do.delete("robot"),
+            lambda: panel.do.use("base"),
         ]
         for click in clicks:
             del lab.calls[:]
@@ -723,7 +901,7 @@ class TestShowCode:
     def test_a_refused_click_leaves_the_code(self, panel: Panel, lab: FakeLab) -> None:
         lab.gate = threading.Semaphore(0)
         panel.prompt.generate.click()
-        panel.use("pirate")
+        panel.do.use("pirate")
         lab.gate.release(100)
         lab.wait()
         assert panel.state.code.startswith("lab.compare(")
@@ -821,15 +999,15 @@ class TestHostileText:
         panel.prompt.text.value = HOSTILE
         pages = []
         for marks in ("words", "likelihood", "none"):
-            panel.mark(marks)
+            panel.do.mark(marks)
             lab.wait()
             panel.prompt.generate.click()
             lab.wait()
             pages += [widget.value for widget in _html_widgets(panel) if "<style>" not in widget.value]
-        panel.find()
+        panel.do.find()
         lab.wait()
         lab.flight.source = HOSTILE
-        panel.check(HOSTILE)
+        panel.do.check(lambda: (HOSTILE, None))
         lab.wait()
         pages.append(panel.notice.html.value)
         lab.fail_with = AdapterLabError(HOSTILE)

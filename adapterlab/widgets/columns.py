@@ -162,7 +162,7 @@ class ColumnsView:
             shown: Shown | None = self._state.shown
             found = {} if shown is None else shown.generations
             if shown is not None:
-                self._set_title(shown.prompt)
+                self._set_title(shown.prompt, self._state.history.index(shown) + 1)
                 if arrange:
                     self._arrange([Column(generation.asked) for generation in found.values()])
             self._name()
@@ -193,11 +193,16 @@ class ColumnsView:
         for place, card in enumerate(self.cards.values()):
             card.name(f"Column {place + 1}" if self._state.hidden else "")
 
-    def _set_title(self, prompt: str) -> None:
-        self.title.value = f'<div class="alab-asked-line"><span class="alab-muted">Asked</span> {escape(prompt)}</div>'
+    def _set_title(self, prompt: str, number: int | None = None) -> None:
+        """`number`: which of the history is shown, from 1; None while it is being made."""
+        place = f' data-shown="{number}"' if number else ""
+        self.title.value = (
+            f'<div class="alab-asked-line"{place}><span class="alab-muted">Asked</span> {escape(prompt)}</div>'
+        )
 
 
 def hue_of(column: Column, names: Sequence[str]) -> int:
-    """Which of the palette's hues marks a column: 0 for the base, then the adapters' in the order of the rows."""
-    known = [names.index(name) for name in column.names if name in names]
+    """Which of the palette's hues marks a column: 0 for the base, then the rows' in their order; a column that has no row
+    of its own takes its first adapter's."""
+    known = [names.index(name) for name in (column.label, *column.names) if name in names]
     return 0 if column.is_base or not known else (known[0] - 1) % HUES + 1

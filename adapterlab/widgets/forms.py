@@ -1,4 +1,4 @@
-"""Loading an adapter from a folder or the Hub, adding a new one, saving one."""
+"""Loading an adapter from a folder or the Hub, adding a new one, blending several, saving one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as w
 
 from adapterlab.inspection import count_new_parameters, people_bytes, people_count
-from adapterlab.widgets.compat import classes, set_tooltip
+from adapterlab.widgets.compat import classes, label_text, set_tooltip
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.state import PanelState, short_share
 
@@ -18,17 +18,16 @@ METHODS = {"LoRA": "lora", "IA3": "ia3", "AdaLoRA": "adalora"}
 
 
 class LoadForm:
-    """Calls `on_load(repo_or_path, name_or_None)`, `on_check(repo_or_path)` and `on_find()`; what the Hub has comes back
-    in `state.found`."""
+    """Calls `on_load(asked)`, `on_check(asked)` and `on_find()`; what the Hub has comes back in `state.found`."""
 
     def __init__(
         self,
         state: PanelState,
-        on_load: Callable[[str, str | None], object],
-        on_check: Callable[[str], object],
+        on_load: Callable[[Callable[[], tuple[str, str | None]]], object],
+        on_check: Callable[[Callable[[], tuple[str, str | None]]], object],
         on_find: Callable[[], object],
     ) -> None:
-        self._state, self._on_load = state, on_load
+        self._state = state
         self.source = classes(
             _text(description="Folder or Hub id", placeholder=f"for example {EXAMPLE_ID}"), "alab-wide"
         )
@@ -42,15 +41,16 @@ class LoadForm:
         self.found = classes(w.Dropdown(options=[], description="Found on the Hub"), "alab-wide")
         controls = [self.source, self.name, self.button, self.check, self.find, self.found]
         self.fold = _form("Load an adapter", "gets a row and a column; lab.model stays as it is", controls)
-        self.button.on_click(lambda _: self._submit())
-        self.check.on_click(lambda _: on_check(self.source.value.strip()))
+        self.button.on_click(lambda _: on_load(self.asked))
+        self.check.on_click(lambda _: on_check(self.asked))
         self.find.on_click(lambda _: on_find())
         self.found.observe(self._choose, "value")
         state.observe(lambda _: self._render(), ["busy", "closed", "found"])
         self._render()
 
-    def _submit(self) -> None:
-        self._on_load(self.source.value.strip(), self.name.value.strip() or None)
+    def asked(self) -> tuple[str, str | None]:
+        """The source, and the name or None."""
+        return self.source.value.strip(), self.name.value.strip() or None
 
     def _choose(self, change: dict[str, Any]) -> None:
         if change["new"]:
@@ -66,10 +66,12 @@ class LoadForm:
 
 
 class AddForm:
-    """Calls `on_add(method, name, config)`, where `config` has `r` and `target_modules` only where given."""
+    """Calls `on_add(asked)`, which gives method, name and a config that has rank and modules only where given."""
 
-    def __init__(self, state: PanelState, on_add: Callable[[str, str, dict[str, Any]], object]) -> None:
-        self._state, self._on_add = state, on_add
+    def __init__(
+        self, state: PanelState, on_add: Callable[[Callable[[], tuple[str, str, dict[str, Any]]]], object]
+    ) -> None:
+        self._state = state
         self.method = classes(w.Dropdown(options=list(METHODS.items()), description="Method"), "alab-short")
         self.name = _text(value="default", description="Name")
         self.r = classes(w.BoundedIntText(value=8, min=1, max=4096, description="Rank"), "alab-short")
@@ -83,7 +85,7 @@ class AddForm:
         self.fold.body.children = (*self.fold.body.children, self.size)
         for control in (self.method, self.r, self.targets):
             control.observe(lambda _: self._render(), "value")
-        self.button.on_click(lambda _: self._submit())
+        self.button.on_click(lambda _: on_add(self.asked))
         state.observe(lambda _: _lock(self.button, state), ["busy", "closed"])
         state.observe(lambda _: self._render(), ["targets", "rows"])
         self._render()
@@ -110,7 +112,8 @@ class AddForm:
             f"{people_bytes(4 * count)}{share}"
         )
 
-    def _submit(self) -> None:
+    def asked(self) -> tuple[str, str, dict[str, Any]]:
+        """Method, name, config."""
         config: dict[str, Any] = {}
         if self.method.value == "adalora":
             config["init_r"] = self.r.value
@@ -118,38 +121,84 @@ class AddForm:
             config["r"] = self.r.value
         if self.targets.value:
             config["target_modules"] = list(self.targets.value)
-        self._on_add(self.method.value, self.name.value.strip(), config)
+        return self.method.value, self.name.value.strip(), config
+
+
+class BlendForm:
+    """Calls `on_blend(asked)`, which gives adapter → multiplier of those above 0. Offers the adapters that can blend."""
+
+    def __init__(self, state: PanelState, on_blend: Callable[[Callable[[], dict[str, float]]], object]) -> None:
+        self._state = state
+        self.sliders: dict[str, w.FloatSlider] = {}
+        self.grid = classes(w.HBox(), "alab-form")
+        self.button = w.Button(description="Add blend")
+        set_tooltip(self.button, "A row and a column in which these adapters act together, each at its multiplier")
+        self.fold = _form("Blend adapters", "a column in which several act at once", [self.button])
+        heading, line = self.fold.body.children
+        self.fold.body.children = (heading, self.grid, line)
+        self.button.on_click(lambda _: on_blend(self.asked))
+        state.observe(lambda _: self._render(), ["rows", "busy", "closed"])
+        self.fold.button.observe(lambda _: self._render(), "value")
+        self._render()
+
+    def asked(self) -> dict[str, float]:
+        return {name: slider.value for name, slider in self.sliders.items() if slider.value}
+
+    def _render(self) -> None:
+        names = [row.name for row in self._state.rows if row.is_adapter and not row.fixed]
+        if names != list(self.sliders):
+            old = self.sliders
+            self.sliders = {name: old.get(name) or self._slider(name) for name in names}
+            self.grid.children = tuple(self.sliders.values())
+            for name in old.keys() - self.sliders.keys():
+                old[name].close()
+        enough = len(names) > 1
+        self.fold.button.layout.display = None if enough else "none"
+        self.fold.body.layout.display = None if enough and self.fold.open else "none"
+        _lock(self.button, self._state)
+
+    @staticmethod
+    def _slider(name: str) -> w.FloatSlider:
+        slider = w.FloatSlider(value=0.5, min=0.0, max=2.0, step=0.05, readout_format=".2f", continuous_update=False)
+        slider.description = label_text(name)
+        set_tooltip(slider, f"How strongly {name} acts in the blend; 0 leaves it out")
+        return classes(slider, "alab-part")
 
 
 class SaveForm:
-    """Calls `on_save(name, folder)`."""
+    """Opened for one adapter by `open_for(name)`. Calls `on_save(asked)`, which gives the adapter and the folder."""
 
-    def __init__(self, state: PanelState, on_save: Callable[[str, str], object]) -> None:
-        self._state, self._on_save = state, on_save
-        self.name = w.Dropdown(options=[], description="Adapter")
+    def __init__(self, state: PanelState, on_save: Callable[[Callable[[], tuple[str, str]]], object]) -> None:
+        self._state, self.name = state, ""
+        self.heading = w.HTML()
         self.folder = classes(_text(description="Folder", placeholder="for example adapters/pirate"), "alab-wide")
         self.button = w.Button(description="Save")
-        set_tooltip(self.button, "lab.save_adapter: into a folder, as plain PEFT reads it")
-        controls = [self.name, self.folder, self.button]
-        self.fold = _form("Save an adapter", "in PEFT's own format, weights and config", controls)
-        self.name.observe(lambda _: self._propose(), "value")
-        self.button.on_click(lambda _: self._on_save(self.name.value or "", self.folder.value.strip()))
+        set_tooltip(self.button, "lab.save_adapter: weights and config in PEFT's own format")
+        self.cancel = classes(w.Button(description="Close"), "alab-quiet")
+        set_tooltip(self.cancel, "Close this form")
+        controls = classes(w.HBox([self.folder, self.button, self.cancel]), "alab-form")
+        self.box = classes(w.VBox([self.heading, controls]), "alab-fold-body", "alab-inset")
+        self.button.on_click(lambda _: on_save(self.asked))
+        self.cancel.on_click(lambda _: self.open_for(""))
         state.observe(lambda _: self._render(), ["rows", "busy", "closed"])
         self._render()
 
-    def _propose(self) -> None:
-        if self.name.value:
-            self.folder.value = f"adapters/{self.name.value}"
+    def open_for(self, name: str) -> None:
+        """Ask where to save this adapter; "" closes the form."""
+        self.name = name
+        self.folder.value = f"adapters/{name}" if name else ""
+        self._render()
+
+    def asked(self) -> tuple[str, str]:
+        """The adapter, and the folder."""
+        return self.name, self.folder.value.strip()
 
     def _render(self) -> None:
-        names = tuple(self._state.adapter_names)
-        if tuple(value for _, value in self.name.options) != names:
-            kept = self.name.value
-            self.name.options = [(name, name) for name in names]
-            if kept in names:
-                self.name.value = kept
-        self.fold.button.layout.display = None if names else "none"
-        self.fold.body.layout.display = None if names and self.fold.open else "none"
+        self.box.layout.display = None if self.name in self._state.adapter_names else "none"
+        self.heading.value = (
+            f'<div class="alab-form-title">Save {escape(self.name)}'
+            '<span class="alab-muted"> in PEFT\'s own format, weights and config</span></div>'
+        )
         _lock(self.button, self._state)
 
 

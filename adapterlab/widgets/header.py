@@ -49,17 +49,20 @@ def status_html(status: str) -> str:
     return f'<div role="status" class="alab-status-line"><b>{name}</b><span class="alab-facts">{rest}</span></div>'
 
 
+_ELSEWHERE = Notice("info", "A comparison runs that a cell or another panel has started. Stop ends it.")
+
+
 class NoticeBar:
     """What runs now, what went wrong: one line in words, the traceback folded under it."""
 
     def __init__(self, state: PanelState) -> None:
         self._state = state
         self.html = classes(w.HTML(), "alab-notice")
-        state.observe(lambda _: self._render(), ["notice"])
+        state.observe(lambda _: self._render(), ["notice", "elsewhere"])
         self._render()
 
     def _render(self) -> None:
-        notice = self._state.notice
+        notice = self._state.notice or (_ELSEWHERE if self._state.elsewhere else None)
         self.html.layout.display = None if notice else "none"
         self.html.value = notice_html(notice) if notice else ""
 

@@ -8,6 +8,7 @@ from typing import Any
 import ipywidgets as w
 from traitlets import link
 
+from adapterlab.widgets.chat import ChatTurns
 from adapterlab.widgets.compat import classes, label_text, set_tooltip
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.state import PanelState
@@ -34,9 +35,7 @@ class PromptBox:
             classes(box, "alab-prompt")
         self.several = classes(w.ToggleButton(description="Several lines"), "alab-quiet")
         set_tooltip(self.several, "A prompt of more than one line; Enter then starts a new one")
-        self.system = classes(w.Textarea(description="System turn", rows=2, continuous_update=False), "alab-wide")
-        hint = w.HTML('<span class="alab-muted">Said to the model before the prompt, as its template has it.</span>')
-        self.system_fold = Fold("System turn", [classes(w.HBox([self.system]), "alab-form"), hint])
+        self.chat = ChatTurns(state)
         self.generate = classes(w.Button(description="Generate", button_style="primary"), "alab-main")
         self.stop = classes(w.Button(description="Stop"), "alab-stop")
         set_tooltip(self.generate, "Run the prompt through every ticked row (Enter in the prompt does the same)")
@@ -46,18 +45,17 @@ class PromptBox:
         first = classes(w.HBox([self.text, self.lines, self.generate, self.stop]), "alab-prompt-line")
         chips = classes(w.HBox([w.HTML('<span class="alab-muted">Try</span>'), *self.examples]), "alab-chips")
         chips.layout.display = None if examples else "none"
-        folds = [self.sampling.fold, self.system_fold]
+        folds = [self.sampling.fold, self.chat.fold]
         buttons = classes(w.HBox([*(fold.button for fold in folds), self.several]), "alab-folds")
         self.box = classes(w.VBox([first, chips, buttons, *(fold.body for fold in folds)]), "alab-section")
         link((state, "prompt"), (self.lines, "value"))
-        link((state, "system"), (self.system, "value"))
         state.observe(lambda _: self._show_prompt(), "prompt")
         self.text.observe(self._on_text, "value")
         self.several.observe(lambda _: self._show_prompt(), "value")
         self._show_prompt()
         self.generate.on_click(lambda _: on_generate())
         self.stop.on_click(lambda _: on_stop())
-        state.observe(lambda _: self._render(), ["busy", "stoppable", "closed", "has_chat", "system"])
+        state.observe(lambda _: self._render(), ["busy", "stoppable", "elsewhere", "closed"])
         self._render()
 
     def _on_text(self, change: dict[str, Any]) -> None:
@@ -90,10 +88,8 @@ class PromptBox:
         closed, running = self._state.closed, bool(self._state.busy)
         self.generate.disabled = running or closed
         self.generate.description = self._state.busy.split(" ")[0].rstrip("…") + "…" if running else "Generate"
-        self.stop.disabled = not (running and self._state.stoppable)
-        self.text.disabled = self.lines.disabled = self.system.disabled = closed
-        self.system_fold.button.layout.display = None if self._state.has_chat else "none"
-        self.system_fold.summary("System turn: set" if self._state.system.strip() else "System turn")
+        self.stop.disabled = closed or not ((running and self._state.stoppable) or self._state.elsewhere)
+        self.text.disabled = self.lines.disabled = closed
 
 
 class Sampling:

@@ -17,13 +17,15 @@ _ASK_BEFORE_DELETING = ("unsaved", "trained here")
 
 
 class AdapterRow:
-    """One row: writes `state.compared` and `state.multipliers`, calls `on_use(name)` and `on_delete(name)`."""
+    """One row: writes `state.compared` and `state.multipliers`, calls `on_use(name)`, `on_save(name)` and
+    `on_delete(name)`."""
 
     def __init__(
         self,
         row: Row,
         state: PanelState,
         on_use: Callable[[str], object],
+        on_save: Callable[[str], object],
         on_delete: Callable[[str], object],
     ) -> None:
         self.row, self._state, self._on_delete = row, state, on_delete
@@ -41,15 +43,21 @@ class AdapterRow:
         )
         classes(self.multiplier, "alab-multiplier")
         self.use = classes(w.Button(), "alab-quiet")
-        self.delete = classes(w.Button(description="Delete"), "alab-quiet")
-        set_tooltip(self.delete, f"Take {name} out of the lab")
+        self.save = classes(w.Button(description="Save…"), "alab-quiet")
+        set_tooltip(self.save, f"lab.save_adapter: {name} into a folder, as plain PEFT reads it")
+        self._forget = "Remove" if row.blend is not None else "Delete"
+        self.delete = classes(w.Button(description=self._forget), "alab-quiet")
+        set_tooltip(self.delete, f"Take {name} out of the {'list' if row.blend is not None else 'lab'}")
         self._armed = False
-        tools = [self.use] if row.is_base else [self.multiplier, self.use, self.delete]
+        tools = [self.use] if row.is_base else [self.use, self.delete]
+        if row.is_adapter:
+            tools = [self.multiplier, self.use, self.save, self.delete]
         self.tools = classes(w.HBox(tools), "alab-row-tools")
         self.box = classes(w.HBox([self.compare, self.facts, self.tools]), "alab-row")
         self.compare.observe(self._on_compare, "value")
         self.multiplier.observe(self._on_multiplier, "value")
         self.use.on_click(lambda _: on_use(name))
+        self.save.on_click(lambda _: on_save(name))
         self.delete.on_click(lambda _: self._on_delete_click())
         self.update(row)
 
@@ -59,14 +67,14 @@ class AdapterRow:
         state, name = self._state, row.name
         self.compare.value = state.compared.get(name, True)
         self.multiplier.value = state.multipliers.get(name, 1.0)
-        current = row.in_model is not None and state.selection == state.column(name)
+        current = state.acts(row)
         self.facts.value = facts_html(row, current)
         off = "" if state.enabled or row.is_base else " (off)"
         self.use.description = f"✓ In lab.model{off}" if current else "Use in lab.model"
         set_tooltip(self.use, f"lab.set_adapter: let {name} act in lab.model, at the multiplier of this row")
         locked = bool(state.busy) or state.closed
         self.use.disabled = locked or current
-        self.delete.disabled = locked
+        self.save.disabled = self.delete.disabled = locked
         self.compare.disabled = state.closed
         self.multiplier.disabled = state.closed or bool(row.fixed)
         meaning = f"How strongly {name} acts in its column: 0 is the base, 1 the adapter"
@@ -92,15 +100,21 @@ class AdapterRow:
     def disarm(self) -> None:
         """Forget a first click on Delete."""
         self._armed = False
-        self.delete.description = "Delete"
+        self.delete.description = self._forget
         self.delete.remove_class("alab-danger")
 
 
 class AdapterRows:
     """All rows. A row's widgets live as long as its adapter does, so that the focus and the page stay put."""
 
-    def __init__(self, state: PanelState, on_use: Callable[[str], object], on_delete: Callable[[str], object]) -> None:
-        self._state, self._on_use, self._on_delete = state, on_use, on_delete
+    def __init__(
+        self,
+        state: PanelState,
+        on_use: Callable[[str], object],
+        on_save: Callable[[str], object],
+        on_delete: Callable[[str], object],
+    ) -> None:
+        self._state, self._calls = state, (on_use, on_save, on_delete)
         self.by_name: dict[str, AdapterRow] = {}
         self.box = classes(w.VBox(), "alab-rows")
         state.observe(lambda _: self._render(), ["rows", "compared", "multipliers", "enabled", "busy", "closed"])
@@ -111,7 +125,7 @@ class AdapterRows:
         gone = [self.by_name.pop(name) for name in list(self.by_name) if name not in rows]
         for name, row in rows.items():
             if name not in self.by_name:
-                self.by_name[name] = AdapterRow(row, self._state, self._on_use, self._on_delete)
+                self.by_name[name] = AdapterRow(row, self._state, *self._calls)
             self.by_name[name].update(row)
         boxes = tuple(self.by_name[name].box for name in rows)
         if boxes != self.box.children:

@@ -23,7 +23,7 @@ class SizesView:
         self._render()
 
     def _render(self) -> None:
-        self.html.value = sizes_html(self._state.rows)
+        self.html.value = sizes_html(tuple(row for row in self._state.rows if row.blend is None))
 
 
 def sizes_html(rows: tuple[Row, ...]) -> str:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the adapter list: the base or an adapter. `in_model`: its multiplier in the lab's selection.
+    """A line of the adapter list: the base, an adapter, or a blend of them that was made in the panel.
 
-    `fixed`: why its multiplier can't be moved, "" if it can.
+    `in_model`: its multiplier in the lab's selection. `fixed`: why its multiplier can't be moved, "" if it can.
+    `blend`: the column of a blend, None for the others.
     """
 
     name: str
@@ -32,10 +33,15 @@ class Row:
     status: str = ""
     in_model: float | None = None
     fixed: str = ""
+    blend: Column | None = None
 
     @property
     def is_base(self) -> bool:
         return self.name == BASE
+
+    @property
+    def is_adapter(self) -> bool:
+        return not self.is_base and self.blend is None
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,15 @@ class Shown:
 class PanelState(t.HasTraits):
     """Everything on the screen but the generated text.
 
-    Mirrored from the lab: `status`, `rows` (base first), `enabled`, `selection`, `has_chat`, `targets` (what
-    target_modules can name → shapes of those layers), `history` (`Shown`, oldest first).
-    Chosen by the user: `prompt`, `system` (a chat's system turn, "" for none), `compared` (name → has a column),
-    `multipliers` (name → 0 to 2), the sampling, `marks` (what sets words off), `blind` (hide names from the next
-    generation on).
+    Mirrored from the lab: `status`, `rows` (base first, blends last), `enabled`, `selection`, `trainable` ("" for none),
+    `has_chat`, `targets` (what target_modules can name → shapes of those layers), `history` (`Shown`, oldest first),
+    `elsewhere` (a comparison runs that this panel did not start).
+    Chosen by the user: `prompt`, `system` (a chat's system turn, "" for none), `turns` (what was said before the prompt,
+    as (role, words)), `compared` (row → has a column), `multipliers` (name → 0 to 2), `blends` (columns that have rows of
+    their own), the sampling, `marks` (what sets words off), `blind` (hide names from the next generation on).
     About the columns: `shown` (of the history, or None), `hidden` (their names are hidden now), `code` (the Python of
-    the last click). `found`: adapters on the Hub for this base, as (id, words).
+    the last click), `verdict` (the rows of `lab.verify` for what is shown). `found`: adapters on the Hub for this base,
+    as (id, words).
     About the panel itself: `busy` (what runs now, in words; "" when idle), `stoppable`, `notice`, `closed`.
     """
 
@@ -92,12 +100,16 @@ class PanelState(t.HasTraits):
     targets = t.Dict()
     enabled = t.Bool(True)
     selection = t.Instance(Column, args=())
+    trainable = t.Unicode()
+    elsewhere = t.Bool(False)
 
     prompt = t.Unicode()
     system = t.Unicode()
+    turns = t.Tuple()
     has_chat = t.Bool(False)
     compared = t.Dict(value_trait=t.Bool(), key_trait=t.Unicode())
     multipliers = t.Dict(value_trait=t.Float(), key_trait=t.Unicode())
+    blends = t.Tuple()
     max_new_tokens = t.Int(64, min=1)
     temperature = t.Float(0.0, min=0.0)
     top_p = t.Float(1.0, min=0.0, max=1.0)
@@ -110,6 +122,7 @@ class PanelState(t.HasTraits):
     blind = t.Bool(False)
     hidden = t.Bool(False)
     code = t.Unicode()
+    verdict = t.Tuple()
 
     found = t.Tuple()
     busy = t.Unicode()
@@ -128,20 +141,31 @@ class PanelState(t.HasTraits):
             super().notify_change(change)
 
     def read(self, lab: AdapterLab) -> None:
-        """Take over what the lab says of itself. New adapters get a column of their own, at multiplier 1."""
-        rows = read_rows(lab)
-        names = [row.name for row in rows]
-        self.compared = {name: self.compared.get(name, True) for name in names}
-        self.multipliers = {name: self.multipliers.get(name, 1.0) for name in names}
-        self.rows = tuple(rows)
+        """Take over what the lab says of itself. New adapters get a column of their own, at multiplier 1; blends of
+        adapters that are gone go too."""
+        self._set_rows(read_rows(lab), self.blends)
         self.has_chat = bool(getattr(lab.tokenizer, "chat_template", None))
         self.read_selection(lab)
+
+    def set_blends(self, blends: tuple[Column, ...]) -> None:
+        """Let these blends, and no others, have rows."""
+        self._set_rows([row for row in self.rows if row.blend is None], blends)
+
+    def _set_rows(self, rows: list[Row], blends: tuple[Column, ...]) -> None:
+        known = {row.name: row for row in rows}
+        self.blends = tuple(blend for blend in blends if all(name in known for name in blend.names))
+        rows = rows + [_blend_row(blend, known) for blend in self.blends]
+        names = [row.name for row in rows]
+        self.compared = {name: self.compared.get(name, True) for name in names}
+        self.multipliers = {row.name: self.multipliers.get(row.name, 1.0) for row in rows if row.blend is None}
+        self.rows = tuple(rows)
 
     def read_selection(self, lab: AdapterLab) -> None:
         """Take over what acts in `lab.model`, which changes often and costs little to ask for."""
         in_model = {BASE: 1.0} if lab.selection.is_base else lab.selection.as_dict()
         self.selection = lab.selection
         self.enabled = lab.enabled
+        self.trainable = lab.trainable or ""
         self.rows = tuple(replace(row, in_model=in_model.get(row.name)) for row in self.rows)
         self.status = lab.status()
 
@@ -161,8 +185,16 @@ class PanelState(t.HasTraits):
             self.shown = None
 
     def column(self, name: str) -> Column:
-        """The column of a row: the base, or its adapter at the row's multiplier."""
+        """The column of a row: the base, its adapter at the row's multiplier, or its blend."""
+        blend = next((row.blend for row in self.rows if row.name == name), None)
+        if blend is not None:
+            return blend
         return Column() if name == BASE else Column.of({name: self.multipliers.get(name, 1.0)})
+
+    def acts(self, row: Row) -> bool:
+        """Whether what the row's button would select is what is selected."""
+        here = row.in_model is not None or row.blend is not None  # an adapter at multiplier 0 is not the base's row
+        return here and self.selection == self.column(row.name)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -172,10 +204,11 @@ class PanelState(t.HasTraits):
 
     @property
     def question(self) -> str | list[dict[str, str]]:
-        """The prompt as `lab.compare` takes it: a text, or chat messages if there is a system turn."""
-        if not (self.has_chat and self.system.strip()):
+        """The prompt as `lab.compare` takes it: a text, or chat messages if there is a system turn or an earlier one."""
+        before = [(role, words) for role, words in (("system", self.system), *self.turns) if words.strip()]
+        if not (self.has_chat and before):
             return self.prompt
-        turns = (("system", self.system), ("user", self.prompt))
+        turns = (*before, ("user", self.prompt))
         return [{"role": role, "content": content} for role, content in turns]
 
     @property
@@ -185,7 +218,7 @@ class PanelState(t.HasTraits):
 
     @property
     def adapter_names(self) -> list[str]:
-        return [row.name for row in self.rows if not row.is_base]
+        return [row.name for row in self.rows if row.is_adapter]
 
 
 def read_rows(lab: AdapterLab) -> list[Row]:
@@ -199,6 +232,12 @@ def read_rows(lab: AdapterLab) -> list[Row]:
         fixed = info.multiplier_obstacle
         rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, fixed=fixed))
     return rows
+
+
+def _blend_row(blend: Column, known: dict[str, Row]) -> Row:
+    of = [known[name] for name in blend.names]
+    parameters, size = sum(row.parameters for row in of), sum(row.bytes for row in of)
+    return Row(blend.label, f"blend of {len(of)}", parameters, size, sum(row.share for row in of), blend=blend)
 
 
 def short_share(share: float) -> str:

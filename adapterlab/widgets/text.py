@@ -22,15 +22,34 @@ _STRONG = 8.0  # nats: from here on a token is shaded fully
 
 def text_html(generation: Generation, base: Generation | None, marks: str) -> str:
     """The text. marks: "words" sets off what base does not say (<ins>) and what it says there instead (<del>);
-    "likelihood" shades each token by how much likelier or less likely the adapter made it; "none" leaves it plain.
+    "likelihood" shades each token by how much likelier or less likely the adapter made it; "none" leaves it plain. Both
+    put a sign before the first token that is not base's.
 
     base: the base's answer in the same comparison, or None.
     """
     if marks == "likelihood" and not _is_base(generation) and generation.base_logprobs is not None:
         return "".join(_token_html(generation, place) for place in range(generation.new_tokens))
     if marks == "words" and base is not None and not _is_base(generation):
-        return mark_words(generation.text, base.text, removed=True)
+        at = leaving_place(generation)
+        return mark_words(generation.text, base.text, removed=True, at=at, sign=_sign(generation))
     return escape(generation.text)
+
+
+def leaving_place(generation: Generation) -> int | None:
+    """Where in the text the word stands whose first token is not base's; None if there is none, or the tokens on their own
+    do not spell the text."""
+    if generation.first_difference is None:
+        return None
+    text, before = generation.text, "".join(generation.tokens[: generation.first_difference])
+    rest = text[len(before) :].lstrip()
+    return len(text) - len(rest) if text.startswith(before) and rest else None
+
+
+def _sign(generation: Generation) -> str:
+    """What stands before the first token that is not base's."""
+    number = (generation.first_difference or 0) + 1
+    words = f"Leaves base here, at token {number}" + (": a tie, rounding could have done it" if generation.tie else "")
+    return f'<span class="alab-leaves" role="img" aria-label="{words}" title="{words}">▸</span>'
 
 
 def _is_base(generation: Generation) -> bool:
@@ -40,13 +59,14 @@ def _is_base(generation: Generation) -> bool:
 def _token_html(generation: Generation, place: int) -> str:
     assert generation.base_logprobs is not None  # the caller asked
     token, mine, theirs = generation.tokens[place], generation.logprobs[place], generation.base_logprobs[place]
+    sign = _sign(generation) if place == generation.first_difference else ""
     change = mine - theirs
     if not math.isfinite(change):
-        return escape(token)
+        return sign + escape(token)
     kind = "likelier" if change > 0 else "rarer"
     shade = min(abs(change) / _STRONG, 1.0)
     title = f"{change:+.2f} nats: {mine:.2f} here, {theirs:.2f} under base"
-    return f'<span class="alab-{kind}" style="--alab-shade:{shade:.2f}" title="{title}">{escape(token)}</span>'
+    return f'{sign}<span class="alab-{kind}" style="--alab-shade:{shade:.2f}" title="{title}">{escape(token)}</span>'
 
 
 def tokens_html(generation: Generation) -> str:
@@ -85,7 +105,7 @@ def result_html(generation: Generation, *, blind: bool = False) -> str:
             tie = " (tie: rounding could have done it)" if generation.tie else ""
             place = generation.first_difference
             word = repr(generation.tokens[place]) if place < len(generation.tokens) else "the end"
-            rows.append(("Leaves base at", f"token {place + 1}, {word}{tie}"))
+            rows.append(("▸ Leaves base at", f"token {place + 1}, {word}{tie}"))
         if generation.note:
             rows.append(("Note", generation.note))
     items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in rows)

@@ -1,0 +1,248 @@
+"""What the buttons do: the one place in which the panel calls the lab."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.inspection import people_count
+from adapterlab.methods import method_label
+from adapterlab.widgets.code import call_code, column_literal, compare_code
+from adapterlab.widgets.compat import needs_foreground
+from adapterlab.widgets.state import Notice
+from adapterlab.widgets.worker import Worker
+
+if TYPE_CHECKING:
+    from adapterlab.comparison import TokenEvent
+    from adapterlab.lab import AdapterLab
+    from adapterlab.preflight import Preflight
+    from adapterlab.widgets.columns import ColumnsView
+    from adapterlab.widgets.state import PanelState
+
+NO_SOURCE = "Which adapter? Give a folder, or a Hub id such as user/adapter."
+NO_COLUMN = "No column is ticked: tick base or an adapter in the list above."
+NO_FOLDER = "Where to? Give a folder, such as adapters/mine."
+ELSEWHERE = "Not started: the lab is generating for a cell or another panel. Wait for it, or press Stop."
+
+
+class Actions:
+    """Each calls the lab's method of the same name on the panel's one thread and returns at once.
+
+    What the user set is read on that thread and not at the click, which can come in before what was typed last
+    (worker.py): so the forms hand over functions. `generating`: a comparison of this panel's runs.
+    """
+
+    def __init__(self, lab: AdapterLab, state: PanelState, columns: ColumnsView) -> None:
+        self._lab, self._state, self._columns = lab, state, columns
+        self._stop = threading.Event()
+        self.generating = False
+        self.worker = Worker(state, lab.track, foreground=needs_foreground())
+
+    def generate(self) -> None:
+        """Put the prompt to the ticked columns; the result is `lab.last`."""
+        state, lab = self._state, self._lab
+
+        def on_token(event: TokenEvent) -> None:
+            self._columns.token(event)
+            if self._stop.is_set():  # pressed before the lab had begun to listen
+                lab.stop()
+
+        def job() -> None:
+            columns, sampling, prompt = state.columns, state.sampling, state.question
+            if not columns:
+                state.notice = Notice("info", NO_COLUMN)
+                return
+            state.code = compare_code(prompt, columns, sampling)
+            self._columns.begin(state.prompt, columns)
+            self.generating = True
+            try:
+                if not self._stop.is_set():
+                    comparison = lab.compare(prompt, columns=list(columns), on_token=on_token, **sampling)
+                    if state.marks == "likelihood":
+                        comparison.tokens()
+            finally:
+                self.generating = False
+                self._columns.finish()
+
+        if not state.busy:
+            if state.elsewhere:
+                state.notice = Notice("info", ELSEWHERE)
+                return
+            self._stop.clear()
+        self.worker.start("Generating…", job, stoppable=True)
+
+    def stop(self) -> None:
+        """End the running generation after the current token, whoever started it."""
+        self._stop.set()
+        self._lab.stop()
+
+    def use(self, name: str) -> None:
+        """Let a row act in `lab.model`, at the row's multiplier."""
+
+        def job() -> None:
+            column = self._state.column(name)
+            self._state.code = call_code("lab.set_adapter", column_literal(column))
+            self._lab.set_adapter(None if column.is_base else column)
+
+        self.worker.start("Switching…", job)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Turn all adapters in `lab.model` on or off; the selection stays."""
+        call = self._lab.enable_adapters if enabled else self._lab.disable_adapters
+        code = call_code("lab.enable_adapters" if enabled else "lab.disable_adapters")
+        self._start("Switching…", call, code)
+
+    def set_trainable(self, name: str | None) -> None:
+        """Choose which adapter learns; None for nobody."""
+        self._start("Switching…", lambda: self._lab.set_trainable(name), call_code("lab.set_trainable", name))
+
+    def delete(self, name: str) -> None:
+        """Take a row out: a blend from the panel, an adapter from the lab."""
+        blend = next((row.blend for row in self._state.rows if row.name == name), None)
+        if blend is not None:
+            self._state.set_blends(tuple(other for other in self._state.blends if other != blend))
+            return
+        code = call_code("lab.delete_adapter", name)
+        self._start(f"Deleting {name}…", lambda: self._lab.delete_adapter(name), code)
+
+    def mark(self, marks: str) -> None:
+        """Set words off otherwise; for "likelihood" the base reads the answers that are shown, once."""
+        shown = self._state.shown
+        if marks != "likelihood" or shown is None:
+            self._state.marks = marks
+            return
+
+        def job() -> None:
+            shown.comparison.tokens()
+            self._state.marks = marks
+
+        self.worker.start("Reading…", job)
+
+    def verify(self) -> None:
+        """Compute the columns that are shown again through plain PEFT."""
+        shown = self._state.shown
+        if shown is None:
+            return
+
+        def job() -> None:
+            place = next(i for i, comparison in enumerate(self._lab.history) if comparison is shown.comparison)
+            self._state.code = f"lab.verify(lab.history[{place}])"
+            frame = self._lab.verify(shown.comparison)
+            if self._state.shown is shown:
+                self._state.verdict = tuple(frame.to_dict("records"))
+
+        self.worker.start("Verifying…", job)
+
+    def load(self, asked: Callable[[], tuple[str, str | None]]) -> None:
+        """Load an adapter as one more row; what acts in `lab.model` stays as it was. asked: its source, and its name."""
+        lab, state = self._lab, self._state
+
+        def job() -> None:
+            source, name = asked()
+            if not source:
+                state.notice = Notice("info", NO_SOURCE)
+                return
+            selection, enabled = lab.selection, lab.enabled
+            names = {} if name is None else {"adapter_name": name}
+            lines = [call_code("lab.load_adapter", source, **names), _selecting(selection)]
+            state.code = "\n".join(lines if enabled else [*lines, call_code("lab.disable_adapters")])
+            made = lab.load_adapter(source, name)
+            # In Python loading selects; here it adds a row to compare and leaves what lab.model does alone.
+            lab.set_adapter(None if selection.is_base else selection)
+            if not enabled:
+                lab.disable_adapters()
+            state.notice = Notice("info", f"{made!r} is loaded and has a column; lab.model is as it was.")
+
+        self.worker.start("Loading…", job)
+
+    def check(self, asked: Callable[[], tuple[str, str | None]]) -> None:
+        """Say whether an adapter would load here; nothing is touched."""
+
+        def job() -> None:
+            source, _ = asked()
+            if not source:
+                self._state.notice = Notice("info", NO_SOURCE)
+                return
+            self._state.code = call_code("lab.check_adapter", source)
+            flight = self._lab.check_adapter(source)
+            self._state.notice = Notice("info" if flight.ok else "error", verdict(flight))
+
+        self.worker.start("Checking…", job)
+
+    def find(self) -> None:
+        """Ask the Hub for adapters of this base."""
+
+        def job() -> None:
+            rows = self._lab.find_adapters().to_dict("records")
+            self._state.found = tuple(
+                (row["repo_id"], f"{row['repo_id']} · {row['downloads']:,} downloads") for row in rows
+            )
+            if not rows:
+                self._state.notice = Notice("info", "The Hub lists no adapter for this base.")
+
+        self._start("Asking the Hub…", job, call_code("lab.find_adapters"))
+
+    def add(self, asked: Callable[[], tuple[str, str, dict[str, Any]]]) -> None:
+        """Add a new adapter as one more row; asked: method, name and config as `lab.add_adapter` takes them."""
+
+        def job() -> None:
+            method, name, config = asked()
+            self._state.code = call_code("lab.add_adapter", method, name, **config)
+            self._lab.add_adapter(method, name, **config)
+
+        self.worker.start("Adding…", job)
+
+    def save(self, asked: Callable[[], tuple[str, str]]) -> None:
+        """Save an adapter into a folder; asked: the adapter and the folder."""
+
+        def job() -> None:
+            name, folder = asked()
+            if not folder:
+                self._state.notice = Notice("info", NO_FOLDER)
+                return
+            self._state.code = call_code("lab.save_adapter", name, folder)
+            self._lab.save_adapter(name, folder)
+            self._state.notice = Notice("info", f"{name!r} is saved in {folder!r}.")
+
+        self.worker.start("Saving…", job)
+
+    def blend(self, asked: Callable[[], dict[str, float]]) -> None:
+        """Give a blend a row and a column; asked: adapter → multiplier. The lab is not touched."""
+        from adapterlab.columns import Column
+
+        def job() -> None:
+            column = Column.of(asked())
+            if len(column.parts) < 2:
+                self._state.notice = Notice("info", "A blend takes two adapters or more with a multiplier above 0.")
+            elif column in self._state.blends:
+                self._state.notice = Notice("info", f"{column.label} has a row already.")
+            else:
+                self._state.set_blends((*self._state.blends, column))
+
+        self.worker.start("Blending…", job)
+
+    def close(self) -> None:
+        """End what runs, and the thread with it."""
+        if self._state.busy:
+            self.stop()
+        self.worker.close()
+
+    def _start(self, doing: str, job: Callable[[], object], code: str) -> None:
+        def told() -> None:
+            self._state.code = code
+            job()
+
+        self.worker.start(doing, told)
+
+
+def _selecting(column: Any) -> str:
+    return call_code("lab.set_adapter", column_literal(column))
+
+
+def verdict(flight: Preflight) -> str:
+    """A preflight in words."""
+    if not flight.ok:
+        return f"{flight.source} does not fit: {' Also, '.join(flight.problems)}"
+    size = f"{people_count(flight.parameters)} parameters, {flight.tensors} of {flight.expected} tensors"
+    return " ".join([f"{flight.source} fits: {method_label(flight.method)}, {size}.", *flight.notes])
