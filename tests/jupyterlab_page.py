@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Playwright
 
 START_SECONDS = 120
 RUN_SECONDS = 600
@@ -167,19 +169,26 @@ def notebook_page(
 @contextmanager
 def chromium_page(url: str, width: int = 1400, height: int = 1000, scale: float = 1.0) -> Iterator[Page]:
     """A page of a fresh Chromium."""
+    browser = _playwright().chromium.launch(
+        executable_path=find_chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"]
+    )
+    try:
+        page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
+        page.set_default_timeout(30_000)
+        page.goto(url)
+        yield page
+    finally:
+        browser.close()
+
+
+@cache
+def _playwright() -> Playwright:
+    """One for the whole process: a second one can't start while the first is at work."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=find_chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        try:
-            page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
-            page.set_default_timeout(60_000)
-            page.goto(url)
-            yield page
-        finally:
-            browser.close()
+    started = sync_playwright().start()
+    atexit.register(started.stop)
+    return started
 
 
 def wait_for_kernel(page: Page) -> None:
