@@ -59,8 +59,20 @@ def likelihood(page: Page) -> None:
     page.get_by_role("button", name="Show code").click()
 
 
+def inspect(page: Page) -> None:
+    """What the adapters weigh, and plain PEFT's verdict on the columns."""
+    compare(page)
+    page.get_by_role("button", name="Inspect").click()
+    page.get_by_role("button", name="Verify the columns").click()
+    page.locator(".alab-verdict table").wait_for(timeout=PATIENCE)
+
+
 def in_mid_stream(page: Page) -> None:
-    """While the columns are being written."""
+    """While the columns are being written, one of them a blend."""
+    page.get_by_role("button", name="Blend adapters").click()
+    page.get_by_role("button", name="Add blend").click()
+    page.get_by_role("button", name="Remove").wait_for(timeout=PATIENCE)
+    page.get_by_role("button", name="Blend adapters").click()
     page.get_by_role("button", name="Generate").click()
     page.locator(".alab-writing").nth(2).wait_for(timeout=PATIENCE)
 
@@ -80,6 +92,8 @@ SHOTS = {
     "panel-blind": Shot(1200, act=blind),
     "panel-likelihood": Shot(1200, act=likelihood),
     "panel-streaming": Shot(1200, act=in_mid_stream),
+    "panel-wide": Shot(1600),
+    "panel-inspect": Shot(1200, act=inspect),
 }
 
 

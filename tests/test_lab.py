@@ -99,15 +99,26 @@ def test_listeners_hear_and_a_broken_one_breaks_nothing(lab: AdapterLab) -> None
     lab.add_adapter("lora", "a")
     lab.set_adapter(None)
     lab.compare("Hello", max_new_tokens=1)
-    assert heard == ["adapters", "state", "history"]
+    assert heard == ["adapters", "state", "running", "running", "history"]
     mend = lab.on_change(broken)
     with pytest.warns(UserWarning, match="RuntimeError: no"):
         lab.set_adapter("a")
     unsubscribe()
     with pytest.warns(UserWarning, match="RuntimeError"):
         lab.set_adapter(None)
-    assert heard == ["adapters", "state", "history", "state"]
+    assert heard == ["adapters", "state", "running", "running", "history", "state"]
     mend()
+
+
+def test_running_is_true_while_a_comparison_runs(lab: AdapterLab) -> None:
+    heard: list[bool] = []
+    lab.on_change(lambda kind: heard.append(lab.running) if kind == "running" else None)
+    lab.compare("Hello", max_new_tokens=2, on_token=lambda event: heard.append(lab.running))
+    assert heard == [True, True, True, False]
+    with pytest.raises(ZeroDivisionError):
+        lab.compare("Hello again", max_new_tokens=2, on_token=lambda event: 1 // 0)  # type: ignore[arg-type, return-value]
+    assert not lab.running
+    assert heard[4:] == [True, False]
 
 
 def test_adapters_is_a_read_only_mapping_with_completion(full_lab: AdapterLab) -> None:
