@@ -96,4 +96,4 @@ def serve_app(
 def _place(source: str) -> str:
     """A folder by its whole path, since the kernel works elsewhere; a Hub id as it is."""
     path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else source
+    return str(path.absolute()) if path.exists() or source.startswith((".", "~")) else source

@@ -47,11 +47,12 @@ def run_cell(cell: str, monkeypatch: pytest.MonkeyPatch, fail: Exception | None 
 def test_the_cell_opens_loads_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    calls, _ = run_cell(app_cell("some/model", ["mine", "some/adapter"], "8bit"), monkeypatch)
+    calls, _ = run_cell(app_cell("some/model", ["mine", "some/adapter", "./gone"], "8bit"), monkeypatch)
     assert calls == [
         ("open", ("some/model",), {"quantization": "8bit"}),
         ("load_adapter", (str(tmp_path / "mine"),), {}),
         ("load_adapter", ("some/adapter",), {}),
+        ("load_adapter", (str(tmp_path / "gone"),), {}),  # looked for where the user is, not where the kernel runs
         ("set_adapter", (None,), {}),
         ("show", (), {}),
     ]

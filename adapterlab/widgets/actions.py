@@ -126,8 +126,8 @@ class Actions:
             return
 
         def job() -> None:
-            place = next(i for i, comparison in enumerate(self._lab.history) if comparison is shown.comparison)
-            self._state.code = f"lab.verify(lab.history[{place}])"
+            places = [i for i, comparison in enumerate(self._lab.history) if comparison is shown.comparison]
+            self._state.code = f"lab.verify(lab.history[{places[0]}])" if places else "lab.verify(comparison)"
             frame = self._lab.verify(shown.comparison)
             if self._state.shown is shown:
                 self._state.verdict = tuple(frame.to_dict("records"))
