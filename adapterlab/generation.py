@@ -20,6 +20,7 @@ from adapterlab.finished import FinishedColumns, keep, recall, replay
 from adapterlab.linear import few_rows
 from adapterlab.methods import rank_of
 from adapterlab.notices import warn
+from adapterlab.quiet import silence_known_noise
 from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
 from adapterlab.sampling import Row, Sampler, make_decoder
 from adapterlab.settings import READ_THE_TEXT
@@ -261,6 +262,7 @@ def _decode(run: Run, prompts: list[Prompt], rows: list[Row], layout: Rows | Non
         mask.append([0] * left + [1] * len(prompt.ids) + [0] * (gap - left))
     device = _input_device(model)
     settings = run.settings.for_generate()
+    silence_known_noise()  # again: warning filters that were set since come first
     started = time.perf_counter()
     try:
         with few_rows(model):
@@ -329,6 +331,7 @@ def _first_logits(run: Run, prompt: Prompt) -> Tensor:
     with run.adapters.using(None) as model:
         ids = torch.tensor([prompt.ids], device=_input_device(model))
         decoder = make_decoder([row], threading.Event())
+        silence_known_noise()
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -167,8 +167,27 @@ def _load_model(
         arguments["quantization_config"] = quantization_config
     adapter_arguments = {name: arguments[name] for name in ("cache_dir", "local_files_only")}
     arguments["adapter_kwargs"] = adapter_arguments | (_NO_ADAPTER if place.is_adapter else {})
+    target = place.target
+    if place.is_adapter and place.folder is not None and _sees_adapter(target):
+        target, arguments["subfolder"] = _from_above(place.folder)
     with no_conversion_requests():
-        return auto_class.from_pretrained(place.target, **arguments)
+        model = auto_class.from_pretrained(target, **arguments)
+    if target != place.target:
+        model.name_or_path = model.config.name_or_path = place.target
+    return model
+
+
+def _sees_adapter(target: str) -> bool:
+    """Whether the installed transformers, as 5.15 does, finds a folder's adapter whatever the subfolder that is named."""
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(target, **_NO_ADAPTER) is not None
+
+
+def _from_above(folder: Path) -> tuple[str, str]:
+    """The same folder as a folder without an adapter and a subfolder of it."""
+    above = next((one for one in folder.parents if not (one / ADAPTER_CONFIG).is_file()), folder.parent)
+    return str(above), str(folder.relative_to(above))
 
 
 def _auto_class(config: PretrainedConfig, title: str, trust_remote_code: bool) -> Any:

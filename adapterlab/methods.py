@@ -22,6 +22,8 @@ _PLAIN_CALL = "Plain PEFT runs it: PeftModel.from_pretrained(model, {source!r}).
 _PROMPT_LEARNING = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
 )  # fmt: skip
+# Those that say so by `uses_shared_state` since PEFT 0.21
+_SHARED_STATE = ("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
 _GENERATING_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _NEEDS_MORE_THAN_LAYERS = {
     "kasa_config": "KaSA rewrites the base weights, and base must stay base",
@@ -82,7 +84,7 @@ def unsupported_reason(method: str, source: str = "folder") -> str | None:
         return f"{method} steers the whole model from outside its layers. {call}"
     if method == "OSF":
         return f"{method} takes the base weights apart, and base must stay base. {call}"
-    if getattr(tuners[method], "uses_shared_state", False):
+    if method in _SHARED_STATE or getattr(tuners[method], "uses_shared_state", False):
         return f"{method} shares one state among all its layers, which PEFT can't inject into a bare model. {call}"
     return None
 

@@ -15,6 +15,12 @@ KNOWN_NOISE = {
     # once per layer and token with 8-bit weights: the cast is how it works
     "bitsandbytes.autograd._functions": ("MatMul8bitLt: inputs will be cast",),
 }
+# The same for warnings, as regular expressions.
+KNOWN_WARNINGS = (
+    # once per `generate` of an offloaded model, with the advice to put the ids on "meta": accelerate moves them to where
+    # the layers compute
+    r"You are calling \.generate\(\) with the `input_ids` being on a device type different .* the model is on meta\.",
+)
 _LOUD_LOGGERS = ("accelerate", "bitsandbytes", "huggingface_hub", "peft", "torch", "transformers")
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 
@@ -31,15 +37,20 @@ class _NoiseFilter(logging.Filter):
 
 
 def silence_known_noise() -> None:
-    """Filter the lines of `KNOWN_NOISE` out, for good; imports nothing, and calling it again changes nothing.
+    """Filter the lines of `KNOWN_NOISE` and `KNOWN_WARNINGS` out, for good.
 
-    Each filter sits on the one logger that says the line, so everything else that it says still comes
-    through.
+    Imports nothing, and calling it again changes nothing. Each filter sits on the one logger that says the line, or
+    knows the warning's words, so everything else still comes through. Nothing is put back afterwards: another thread
+    may have changed the warning filters meanwhile.
     """
     for name, beginnings in KNOWN_NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _NoiseFilter) for known in logger.filters):
             logger.addFilter(_NoiseFilter(beginnings))
+    first = [getattr(words, "pattern", "") for _, words, *_ in warnings.filters[: len(KNOWN_WARNINGS)]]
+    for pattern in KNOWN_WARNINGS:
+        if pattern not in first:  # what was set later comes before it
+            warnings.filterwarnings("ignore", pattern, UserWarning)
 
 
 @contextmanager

@@ -228,16 +228,20 @@ def test_an_adapter_folder_brings_its_base(tmp_path, no_hub):
     assert torch.equal(logits(base.model), logits(model))
 
 
-def test_an_adapter_saved_into_its_model_s_folder(tmp_path, no_hub):
+@pytest.mark.parametrize("also_above", [False, True])
+def test_an_adapter_saved_into_its_model_s_folder(tmp_path, no_hub, also_above):
     from peft import LoraConfig
 
     model = tiny_llama()
-    folder = write_model(tmp_path / "both", model, tiny_tokenizer())
-    write_adapter(folder, model, LoraConfig(target_modules=["q_proj"]), base="nobody/nothing")
+    folder = write_model(tmp_path / "out" / "both", model, tiny_tokenizer())
+    for one in [folder, folder.parent] if also_above else [folder]:
+        write_adapter(one, model, LoraConfig(target_modules=["q_proj"]), base="nobody/nothing")
     base = load_base(folder)
     assert base.adapter.folder == folder.resolve()
     assert base.base_id == "both"
+    assert base.model.name_or_path == base.model.config.name_or_path == base.base_path == str(folder.resolve())
     assert not getattr(base.model, "_hf_peft_config_loaded", False)
+    assert not [name for name, _ in base.model.named_parameters() if "lora" in name]
     assert torch.equal(logits(base.model), logits(model))
 
 
@@ -643,6 +647,22 @@ def test_known_noise_is_filtered_and_nothing_else(caplog):
             logger.warning(beginning + " %s and so on", "x")
         logger.warning("something real")
     assert [record.getMessage() for record in caplog.records] == ["something real"] * len(KNOWN_NOISE)
+
+
+def test_known_warnings_are_filtered_and_nothing_else():
+    said = (
+        "You are calling .generate() with the `input_ids` being on a device type different than your model's device. "
+        "`input_ids` is on cpu, whereas the model is on {}. You may experience unexpected behaviors."
+    )
+    for _ in range(2):  # filters that are set later come first, until the next call
+        warnings.simplefilter("error")
+        silence_known_noise()
+        before = list(warnings.filters)
+        silence_known_noise()
+        assert list(warnings.filters) == before
+        warnings.warn(said.format("meta"), UserWarning, stacklevel=1)
+        with pytest.raises(UserWarning, match="model is on cuda"):
+            warnings.warn(said.format("cuda"), UserWarning, stacklevel=1)
 
 
 def test_the_filtered_lines_are_those_that_bitsandbytes_says():

@@ -7,7 +7,9 @@ when its own rows share a batch; and where two differ in a token, the choice was
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes' kernels w
 PROMPTS = ["Hello there, captain", "What is the moon made of, and who says so?"]
 NAMES = ["lora", "rs", "ada", "ia3", "dora"]
 TOKENS = 6
+STIRRINGS = 4
 NOT_IN_PLAIN_PEFT = {
     # fp32 comes out of these two over 8-bit layers, which a bfloat16 model's attention refuses
     ("ada", "8bit on bf16"),
@@ -121,6 +124,21 @@ def largest_error(logprobs: list[torch.Tensor], others: list[torch.Tensor], text
     return max(float((of_tokens(a, text) - of_tokens(b, text)).abs().max()) for a, b, text in pairs)
 
 
+@contextlib.contextmanager
+def stirred(model: Any, seed: int) -> Iterator[None]:
+    """In the block, the embeddings are off by as much as sums in another order are: some 2⁻²² of each number."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stir(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * (1 + 2**-22 * torch.randn(out.shape, generator=generator))
+
+    handle = model.get_input_embeddings().register_forward_hook(stir)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 @pytest.mark.parametrize("kind", ["bf16", "8bit", "8bit on bf16", "4bit", "4bit, double"])
 def test_a_column_in_a_batch_is_itself_alone_but_for_the_noise_of_batching(
@@ -141,13 +159,14 @@ def test_a_column_in_a_batch_is_itself_alone_but_for_the_noise_of_batching(
     for column, text in zip(asked, texts):
         with lab.using(column) as mounted:
             alone += stepwise_logprobs(plain.get(column, mounted), [text])
-    worst, ties = 0.0, []
+    deviations, ties = [], []
     for generation, text, logprobs in zip(comparison.generations, texts, alone):
         assert generation.batched
         mine = of_tokens(logprobs, text)
-        worst = max(worst, float((mine - torch.tensor(generation.logprobs)).abs().max()))
+        deviations += (mine - torch.tensor(generation.logprobs)).abs().tolist()
         allowed = logprobs.index_fill(1, torch.tensor(standins.EOS), -torch.inf)  # min_new_tokens forbids the end
         ties += [gap for gap in (allowed.max(-1).values - mine).tolist() if gap > 0]
+    worst = max(deviations)
     bare = plain[Column()]
     base = largest_error(stepwise_logprobs(bare, texts), [stepwise_logprobs(bare, [t])[0] for t in texts], texts)
     noise = base
@@ -155,6 +174,16 @@ def test_a_column_in_a_batch_is_itself_alone_but_for_the_noise_of_batching(
         own = [i for i, one in enumerate(asked) if one == column]
         together = stepwise_logprobs(model, texts)
         noise = max(noise, largest_error([together[i] for i in own], [alone[i] for i in own], [texts[i] for i in own]))
+    if kind == "8bit":
+        # bitsandbytes rounds what goes into a layer to 8 bits. A number halfway between two of these steps goes to
+        # either by its last bit, and a logprob then jumps a thousand times further than rounding moves it elsewhere.
+        # Whether a batch meets such a number is luck, so it is sought: the plain models' own inputs are stirred.
+        for seed, model in enumerate(plain.values()):
+            still = stepwise_logprobs(model, texts)
+            for turn in range(STIRRINGS):
+                with stirred(model, STIRRINGS * seed + turn):
+                    noise = max(noise, largest_error(stepwise_logprobs(model, texts), still, texts))
+        assert statistics.median(deviations) <= 2e-5, "most tokens meet no such number"
     record_property("largest |Δlogprob|, batched against alone", worst)
     record_property("largest |Δlogprob| of batching the bare base", base)
     record_property("largest |Δlogprob| of batching under plain PEFT", noise)
