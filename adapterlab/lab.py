@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -164,8 +165,10 @@ class AdapterLab:
         subfolder: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        select: bool = True,
     ) -> str:
         """Load an adapter from the Hub or a folder, select it, and give its name; `trainable` stays as it was.
+        `select=False` leaves what acts as it was, too.
 
         Without `adapter_name` the repo's last part is made a safe name, and said. The file's header is compared with
         the model first: an adapter that does not fit, or that carries weights of the base, is refused with everything
@@ -176,7 +179,11 @@ class AdapterLab:
         files = resolve_adapter(
             repo_or_path, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
         )
+        selection, enabled = self._adapters.selection, self._adapters.enabled
         name = self._adapters.load(files, adapter_name)
+        if not select:
+            self._adapters.select(selection)
+            self._adapters.set_enabled(enabled)
         self._tell("adapters")
         return name
 
@@ -509,6 +516,13 @@ class AdapterLab:
         """Whether a comparison runs now, in whatever thread."""
         return self._running is not None
 
+    def is_free(self) -> bool:
+        """Whether a call from this thread would begin at once: no other thread works with the lab."""
+        free = self._lock.acquire(blocking=False)
+        if free:
+            self._lock.release()
+        return free
+
     def track(self, future: Future[Any]) -> None:
         """Let `wait()` wait for this piece of background work too."""
         self._futures.add(future)
@@ -569,7 +583,7 @@ class AdapterLab:
     def _repr_html_(self) -> str:
         from adapterlab.inspection import summary_html
 
-        return "<p>" + self.status() + "</p>" if self._closed else summary_html(self.status(), self.summary())
+        return f"<p>{escape(self.status())}</p>" if self._closed else summary_html(self.status(), self.summary())
 
     def panel(self) -> Widget:
         """The panel as a widget, to embed; each call makes a new one, all in step."""

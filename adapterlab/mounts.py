@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
 from adapterlab.errors import AdapterLabError
-from adapterlab.quantization import keep_8bit_scales
+from adapterlab.quantization import keep_8bit_scales, keep_quantized_dtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -303,6 +303,7 @@ def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) ->
     # As PeftModel does before it loads weights; native injection leaves adapters in a half-precision base's dtype,
     # where they would be rounded and could not be trained (issue 2).
     tuner._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
+    keep_quantized_dtype(model)
     return tuner
 
 

@@ -108,6 +108,23 @@ def _look_in_the_state(layer: Any, args: Any) -> None:
         layer.weight.CB = None  # "already moved", in bitsandbytes' language
 
 
+def keep_quantized_dtype(model: nn.Module) -> None:
+    """Let PEFT's layers over 8-bit and 4-bit weights give back the dtype that they were given.
+
+    Adapters are fp32, as PEFT loads them, and over half precision so is what its IA3 and AdaLoRA make of the result; the
+    layers behind refuse it, in plain PEFT too (0.20, 0.21; issue 3).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and type(layer).__module__.endswith(".bnb") and not layer._forward_hooks:
+            layer.register_forward_hook(_as_it_came)
+
+
+def _as_it_came(layer: Any, args: Any, output: Any) -> Any:
+    return output.to(args[0].dtype)
+
+
 def _linear_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:
     # Where bitsandbytes was never imported there are no layers of it; importing it takes a second.
     bitsandbytes = sys.modules.get("bitsandbytes")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adapterlab.comparison import Generation
 
 # By how much rounding alone moves the lead of a logit over another.
-ROUNDING = {"float64": 1e-9, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.5, "8bit": 0.5, "4bit": 0.5}
+ROUNDING = {"float64": 1e-9, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.5, "8bit": 1.5, "4bit": 0.5}
 
 
 def rounding(quantization: str | None, dtype: str) -> float:

@@ -138,7 +138,8 @@ def page(found: dict[str, tuple[Deviation, Deviation] | str], steps: int, column
         "",
         f"Logits of SmolLM2-135M-Instruct in a batch of {BATCH} rows against the same row alone, {len(PROMPTS)} prompts, "
         f"teacher-forced. *base*: nine equal rows of the bare base, plain transformers, {steps} steps. *lab*: nine columns "
-        f"(base, the demo's trained LoRA and IA3, multipliers and blends of them) in one batch of the lab, {column_steps} steps.",
+        f"(base, the demo's trained LoRA and IA3, multipliers and blends of them) in one batch of the lab, "
+        f"{column_steps} steps.",
         "",
         "| | max abs Δlogit: base | lab | max abs Δlead of the two best: base | lab | other token: base | lab "
         "| largest lead overturned: base | lab |",

@@ -47,7 +47,7 @@ def fail_to_add(page: Page) -> None:
 
 def blind(page: Page) -> None:
     """A comparison whose names are hidden."""
-    page.get_by_role("button", name="Blind").click()
+    page.get_by_role("button", name="Blind test").click()
     compare(page)
 
 

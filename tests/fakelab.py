@@ -37,7 +37,7 @@ class FakeLab:
         self.adapters: dict[str, Any] = {}
         self.selection, self.enabled, self.closed = Column(), True, False
         self.trainable: str | None = None
-        self.running = False
+        self.running, self.free = False, True
         self.history: list[Comparison] = []
         self.answers: dict[str, str] = {}
         self.calls: list[tuple[str, Any]] = []
@@ -105,11 +105,12 @@ class FakeLab:
         self.trainable = name
         self._emit("state")
 
-    def load_adapter(self, source: str, adapter_name: str | None = None) -> str:
+    def load_adapter(self, source: str, adapter_name: str | None = None, *, select: bool = True) -> str:
         self._called("load_adapter", source, adapter_name)
         name = adapter_name or source.rsplit("/", 1)[-1]
         self._attach(name, "LORA", 8, 460_800, "loaded")
-        self.selection, self.enabled = Column.of(name), True
+        if select:
+            self.selection, self.enabled = Column.of(name), True
         self._emit("adapters")
         return name
 
@@ -168,6 +169,9 @@ class FakeLab:
         self.history.append(comparison)
         self._emit("history")
         return comparison
+
+    def is_free(self) -> bool:
+        return self.free
 
     def verify(self, comparison: Comparison) -> pd.DataFrame:
         self._called("verify", comparison)

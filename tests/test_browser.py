@@ -188,15 +188,15 @@ def test_earlier_comparisons_come_back(panel: Locator) -> None:
     earlier = card_texts(panel)
     generate(panel, "What is snow?")
     assert card_texts(panel) != earlier
-    panel.get_by_label("Earlier").select_option(index=1)
+    panel.get_by_label("History").select_option(index=1)
     panel.locator(f'.alab-asked-line[data-shown="{number}"]').wait_for()
     assert card_texts(panel) == earlier
-    assert panel.locator(".alab-asked-line").inner_text() == f"Asked {PROMPT}"
+    assert panel.locator(".alab-asked-prompt").inner_text() == PROMPT
 
 
 def test_a_comparison_can_be_downloaded(panel: Locator, tmp_path: Path) -> None:
     generate(panel)
-    button(panel, "▸ Keep").click()
+    button(panel, "▸ Download").click()
     held = {}
     for kind in ("JSON", "CSV", "HTML"):
         with panel.page.expect_download() as download:
@@ -207,7 +207,7 @@ def test_a_comparison_can_be_downloaded(panel: Locator, tmp_path: Path) -> None:
     shown = card_texts(panel)
     assert {g["column"]: g["text"] for g in json.loads(held["JSON"])["generations"]} == shown
     assert all(name in held["CSV"] and name in held["HTML"] for name in ALL)
-    button(panel, "▾ Keep").click()
+    button(panel, "▾ Download").click()
 
 
 def test_the_code_that_is_shown_does_the_same(panel: Locator) -> None:
@@ -320,7 +320,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(panel: Locator) ->
         reached.add(
             panel.page.evaluate("(document.activeElement.innerText || document.activeElement.ariaLabel || '').trim()")
         )
-    assert {"Generate", "Several lines", "Blind", "▸ Show code", "▸ Keep"} <= reached
+    assert {"Generate", "Several lines", "Blind test", "▸ Show code", "▸ Download"} <= reached
 
 
 def test_dark_theme_is_dark_and_readable(panel: Locator) -> None:

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from test_rows_architectures import ARCHITECTURES, adapter_configs, maker, write_plain
 from test_rows_architectures import pytestmark as pytestmark  # plain PEFT's remarks, with the reasons
+from transformers import AutoModelForCausalLM
 
 from adapterlab import AdapterLab, Column
 from adapterlab.mounts import skeleton
@@ -233,3 +234,27 @@ def test_dora_over_8bit_layers_leaves_them_whole(root: Path) -> None:
     with torch.no_grad(), lab.using("dora") as model:
         assert torch.equal(model(ids).logits, model(ids).logits)
     assert lab.compare("Hello there", [None, "dora"], max_new_tokens=4)["dora"].logit_shift > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
+@pytest.mark.parametrize("kind", ["8bit on bf16", "4bit on bf16"])
+@pytest.mark.parametrize("name", ["lora", "ia3", "ada"])
+def test_fp32_adapters_act_natively_over_a_quantised_half_precision_base(kind: str, name: str, root: Path) -> None:
+    """Plain PEFT's IA3 and AdaLoRA hand fp32 to a bf16 layer there, which refuses it; over an fp32 base they run."""
+    settings = quantisations()["8bit on bf16"]
+    if kind == "4bit on bf16":
+        settings = {**quantisations()["4bit"], "dtype": torch.bfloat16}
+    lab = AdapterLab(root / "base", **settings)
+    lab.load_adapter(root / name, name)
+    ids = torch.tensor([[5, 17, 40, 8, 23]])
+    with torch.no_grad():
+        mine = lab.model(ids).logits.float()
+        lab.set_adapter(None)
+        base = lab.model(ids).logits.float()
+    wide = AutoModelForCausalLM.from_pretrained(root / "base", **{**settings, "dtype": torch.float32})
+    plain = PeftModel.from_pretrained(wide, root / name).eval()
+    with torch.no_grad():
+        theirs = plain(ids).logits
+    assert (mine - theirs).abs().max() < 0.25 * (mine - base).abs().max()
+    answers = lab.compare("Hello", [name], max_new_tokens=2)
+    assert lab.verify(answers)["active_agree"].all()

@@ -225,7 +225,15 @@ class TestPanelToLab:
         assert panel.header.switch.description == "Adapters on"
 
     def test_delete_takes_row_and_card_away(self, panel: Panel, lab: FakeLab) -> None:
-        panel.rows.by_name["robot"].delete.click()
+        row = panel.rows.by_name["robot"]
+        row.delete.click()
+        assert row.delete.description == "Really delete?"
+        panel.rows.by_name["pirate"].compare.value = True
+        panel.rows.by_name["pirate"].compare.value = False
+        assert row.delete.description == "Delete", "another click forgets the first one"
+        panel.rows.by_name["pirate"].compare.value = True
+        row.delete.click()
+        row.delete.click()
         lab.wait()
         assert list(lab.adapters) == ["pirate"] == [n for n in panel.rows.by_name if n != "base"]
         assert list(panel.columns.cards) == ["base", "pirate"]
@@ -392,8 +400,8 @@ class TestPanelToLab:
 
     def test_a_blend_gets_a_row_and_a_column_of_its_own(self, panel: Panel, lab: FakeLab) -> None:
         form = panel.blend_form
-        assert list(form.sliders) == ["pirate", "robot"]
-        form.sliders["pirate"].value, form.sliders["robot"].value = 0.7, 0.3
+        assert list(form.numbers) == ["pirate", "robot"]
+        form.numbers["pirate"].value, form.numbers["robot"].value = 0.7, 0.3
         form.button.click()
         lab.wait()
         label = "pirate × 0.7 + robot × 0.3"
@@ -423,7 +431,7 @@ class TestPanelToLab:
         assert row.delete.description == "Remove"
         row.delete.click()
         assert list(panel.rows.by_name) == ["base", "pirate", "robot"]
-        panel.blend_form.sliders["robot"].value = 0.0
+        panel.blend_form.numbers["robot"].value = 0.0
         panel.blend_form.button.click()
         lab.wait()
         assert "two adapters or more" in panel.notice.html.value

@@ -18,26 +18,42 @@ if TYPE_CHECKING:
     from adapterlab.lab import AdapterLab
     from adapterlab.preflight import Preflight
     from adapterlab.widgets.columns import ColumnsView
-    from adapterlab.widgets.state import PanelState
+    from adapterlab.widgets.state import PanelState, Shown
 
 NO_SOURCE = "Which adapter? Give a folder, or a Hub id such as user/adapter."
 NO_COLUMN = "No column is ticked: tick base or an adapter in the list above."
 NO_FOLDER = "Where to? Give a folder, such as adapters/mine."
-ELSEWHERE = "Not started: the lab is generating for a cell or another panel. Wait for it, or press Stop."
+WAITING = Notice("info", "Waiting: a cell or another panel works with the lab just now.", passing=True)
+ELSEWHERE = Notice(
+    "info", "Not started: the lab is generating for a cell or another panel. Wait for it, or press Stop.", passing=True
+)
 
 
 class Actions:
     """Each calls the lab's method of the same name on the panel's one thread and returns at once.
 
     What the user set is read on that thread and not at the click, which can come in before what was typed last
-    (worker.py): so the forms hand over functions. `generating`: a comparison of this panel's runs.
+    (worker.py): so the forms hand over functions.
     """
 
     def __init__(self, lab: AdapterLab, state: PanelState, columns: ColumnsView) -> None:
         self._lab, self._state, self._columns = lab, state, columns
         self._stop = threading.Event()
-        self.generating = False
+        self._thread: int | None = None  # in which this panel generates now
         self.worker = Worker(state, lab.track, foreground=needs_foreground())
+
+    def mine(self) -> bool:
+        """Whether the comparison that runs in this thread is this panel's."""
+        return self._thread == threading.get_ident()
+
+    def note_running(self) -> None:
+        """A comparison begins or has ended, in this thread: tell whose it is, and drop what is no longer true."""
+        state = self._state
+        with state.lock:
+            state.elsewhere = self._lab.running and not self.mine()
+            ended = state.notice is ELSEWHERE and not self._lab.running
+            if ended or (state.notice is WAITING and self.mine()):
+                state.notice = None
 
     def generate(self) -> None:
         """Put the prompt to the ticked columns; the result is `lab.last`."""
@@ -54,23 +70,27 @@ class Actions:
                 state.notice = Notice("info", NO_COLUMN)
                 return
             state.code = compare_code(prompt, columns, sampling)
-            self._columns.begin(state.prompt, columns)
-            self.generating = True
+            self._thread, comparison = threading.get_ident(), None
             try:
+                self._columns.begin(state.prompt, columns)
                 if not self._stop.is_set():
                     comparison = lab.compare(prompt, columns=list(columns), on_token=on_token, **sampling)
+                    if state.hidden:
+                        state.veil(comparison)
                     if state.marks == "likelihood":
                         comparison.tokens()
             finally:
-                self.generating = False
+                self._thread = None
+                if comparison is None:
+                    state.show(state.shown)  # nothing came of it: what stood there stands there again
                 self._columns.finish()
 
         if not state.busy:
             if state.elsewhere:
-                state.notice = Notice("info", ELSEWHERE)
+                state.notice = ELSEWHERE
                 return
             self._stop.clear()
-        self.worker.start("Generating…", job, stoppable=True)
+        self._start("Generating…", job, stoppable=True)
 
     def stop(self) -> None:
         """End the running generation after the current token, whoever started it."""
@@ -85,7 +105,7 @@ class Actions:
             self._state.code = call_code("lab.set_adapter", column_literal(column))
             self._lab.set_adapter(None if column.is_base else column)
 
-        self.worker.start("Switching…", job)
+        self._start("Switching…", job)
 
     def set_enabled(self, enabled: bool) -> None:
         """Turn all adapters in `lab.model` on or off; the selection stays."""
@@ -101,7 +121,8 @@ class Actions:
         """Take a row out: a blend from the panel, an adapter from the lab."""
         blend = next((row.blend for row in self._state.rows if row.name == name), None)
         if blend is not None:
-            self._state.set_blends(tuple(other for other in self._state.blends if other != blend))
+            with self._state.lock:
+                self._state.set_blends(tuple(other for other in self._state.blends if other != blend))
             return
         code = call_code("lab.delete_adapter", name)
         self._start(f"Deleting {name}…", lambda: self._lab.delete_adapter(name), code)
@@ -114,10 +135,12 @@ class Actions:
             return
 
         def job() -> None:
+            self._state.code = f"{self._literal(shown)}.tokens()"
             shown.comparison.tokens()
             self._state.marks = marks
+            self._state.scored += 1
 
-        self.worker.start("Reading…", job)
+        self._start("Reading…", job)
 
     def verify(self) -> None:
         """Compute the columns that are shown again through plain PEFT."""
@@ -126,13 +149,13 @@ class Actions:
             return
 
         def job() -> None:
-            places = [i for i, comparison in enumerate(self._lab.history) if comparison is shown.comparison]
-            self._state.code = f"lab.verify(lab.history[{places[0]}])" if places else "lab.verify(comparison)"
-            frame = self._lab.verify(shown.comparison)
+            self._state.code = f"lab.verify({self._literal(shown)})"
+            rows = self._lab.verify(shown.comparison).to_dict("records")
+            mine = [row for row, g in zip(rows, shown.comparison.generations) if g.prompt_index == shown.index]
             if self._state.shown is shown:
-                self._state.verdict = tuple(frame.to_dict("records"))
+                self._state.verdict = tuple(mine)
 
-        self.worker.start("Verifying…", job)
+        self._start("Verifying…", job)
 
     def load(self, asked: Callable[[], tuple[str, str | None]]) -> None:
         """Load an adapter as one more row; what acts in `lab.model` stays as it was. asked: its source, and its name."""
@@ -143,18 +166,13 @@ class Actions:
             if not source:
                 state.notice = Notice("info", NO_SOURCE)
                 return
-            selection, enabled = lab.selection, lab.enabled
             names = {} if name is None else {"adapter_name": name}
-            lines = [call_code("lab.load_adapter", source, **names), _selecting(selection)]
-            state.code = "\n".join(lines if enabled else [*lines, call_code("lab.disable_adapters")])
-            made = lab.load_adapter(source, name)
             # In Python loading selects; here it adds a row to compare and leaves what lab.model does alone.
-            lab.set_adapter(None if selection.is_base else selection)
-            if not enabled:
-                lab.disable_adapters()
+            state.code = call_code("lab.load_adapter", source, **names, select=False)
+            made = lab.load_adapter(source, name, select=False)
             state.notice = Notice("info", f"{made!r} is loaded and has a column; lab.model is as it was.")
 
-        self.worker.start("Loading…", job)
+        self._start("Loading…", job)
 
     def check(self, asked: Callable[[], tuple[str, str | None]]) -> None:
         """Say whether an adapter would load here; nothing is touched."""
@@ -168,7 +186,7 @@ class Actions:
             flight = self._lab.check_adapter(source)
             self._state.notice = Notice("info" if flight.ok else "error", verdict(flight))
 
-        self.worker.start("Checking…", job)
+        self._start("Checking…", job)
 
     def find(self) -> None:
         """Ask the Hub for adapters of this base."""
@@ -190,8 +208,10 @@ class Actions:
             method, name, config = asked()
             self._state.code = call_code("lab.add_adapter", method, name, **config)
             self._lab.add_adapter(method, name, **config)
+            said = f"{name!r} is added: untrained. It is the trainable one now, and selected in lab.model."
+            self._state.notice = Notice("info", said)
 
-        self.worker.start("Adding…", job)
+        self._start("Adding…", job)
 
     def save(self, asked: Callable[[], tuple[str, str]]) -> None:
         """Save an adapter into a folder; asked: the adapter and the folder."""
@@ -205,7 +225,7 @@ class Actions:
             self._lab.save_adapter(name, folder)
             self._state.notice = Notice("info", f"{name!r} is saved in {folder!r}.")
 
-        self.worker.start("Saving…", job)
+        self._start("Saving…", job)
 
     def blend(self, asked: Callable[[], dict[str, float]]) -> None:
         """Give a blend a row and a column; asked: adapter → multiplier. The lab is not touched."""
@@ -218,26 +238,35 @@ class Actions:
             elif column in self._state.blends:
                 self._state.notice = Notice("info", f"{column.label} has a row already.")
             else:
-                self._state.set_blends((*self._state.blends, column))
+                self._state.code = f"# one of the columns of lab.compare(…)\n{column_literal(column)!r}"
+                with self._state.lock:
+                    self._state.set_blends((*self._state.blends, column))
 
-        self.worker.start("Blending…", job)
+        self._start("Blending…", job)
 
     def close(self) -> None:
         """End what runs, and the thread with it."""
-        if self._state.busy:
-            self.stop()
+        self._stop.set()
+        if self._thread is not None:
+            self._lab.stop()
         self.worker.close()
 
-    def _start(self, doing: str, job: Callable[[], object], code: str) -> None:
+    def _start(self, doing: str, job: Callable[[], object], code: str = "", *, stoppable: bool = False) -> None:
+        """Run the job on the panel's thread; `code`, if it is known by now, becomes the code that is shown."""
+
         def told() -> None:
-            self._state.code = code
+            if code:
+                self._state.code = code
+            if self._state.notice is None and not self._lab.is_free():
+                self._state.notice = WAITING
             job()
 
-        self.worker.start(doing, told)
+        self.worker.start(doing, told, stoppable=stoppable)
 
-
-def _selecting(column: Any) -> str:
-    return call_code("lab.set_adapter", column_literal(column))
+    def _literal(self, shown: Shown) -> str:
+        """How Python names a comparison."""
+        found = [i for i, comparison in enumerate(self._lab.history) if comparison is shown.comparison]
+        return f"lab.history[{found[0]}]" if found else "comparison"
 
 
 def verdict(flight: Preflight) -> str:

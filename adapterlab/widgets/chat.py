@@ -7,7 +7,7 @@ from typing import Any
 import ipywidgets as w
 from traitlets import link
 
-from adapterlab.widgets.compat import classes, set_tooltip
+from adapterlab.widgets.compat import classes, close_all, set_tooltip
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.state import PanelState
 
@@ -24,6 +24,7 @@ class ChatTurns:
         set_tooltip(self.add, "Somebody's words before the prompt: the user's and the assistant's take turns")
         self.turns = classes(w.VBox(), "alab-turns")
         self._boxes: list[tuple[w.Dropdown, w.Textarea]] = []
+        self._drawn: tuple[tuple[str, str], ...] = ()
         hint = w.HTML(f'<span class="alab-muted">{_HINT}</span>')
         first = classes(w.HBox([self.system, self.add]), "alab-form")
         self.fold = Fold("Chat", [first, self.turns, hint])
@@ -33,9 +34,10 @@ class ChatTurns:
         self._render()
 
     def _add(self) -> None:
-        turns = self._state.turns
-        role = "assistant" if turns and turns[-1][0] == "user" else "user"
-        self._state.turns = (*turns, (role, ""))
+        with self._state.lock:
+            turns = self._typed()
+            role = "assistant" if turns and turns[-1][0] == "user" else "user"
+            self._state.turns = (*turns, (role, ""))
 
     def _turn(self, place: int) -> tuple[w.Box, w.Dropdown, w.Textarea]:
         role = classes(w.Dropdown(options=["user", "assistant"], description=f"Turn {place + 1}"), "alab-short")
@@ -49,16 +51,25 @@ class ChatTurns:
         gone.on_click(lambda _: self._remove(place))
         return classes(w.HBox([role, words, gone]), "alab-form"), role, words
 
+    def _typed(self) -> tuple[tuple[str, str], ...]:
+        return tuple((role.value, words.value) for role, words in self._boxes)
+
     def _read(self) -> None:
-        if not self._writing:
-            self._state.turns = tuple((role.value, words.value) for role, words in self._boxes)
+        with self._state.lock:
+            if not self._writing:
+                self._state.turns = self._typed()
 
     def _remove(self, place: int) -> None:
-        self._state.turns = tuple(turn for i, turn in enumerate(self._state.turns) if i != place)
+        with self._state.lock:
+            self._state.turns = tuple(turn for i, turn in enumerate(self._typed()) if i != place)
 
     _writing = False
 
     def _render(self) -> None:
+        with self._state.lock:
+            self._draw()
+
+    def _draw(self) -> None:
         state = self._state
         self.fold.button.layout.display = None if state.has_chat else "none"
         self.fold.body.layout.display = None if state.has_chat and self.fold.open else "none"
@@ -81,10 +92,12 @@ class ChatTurns:
             self._boxes.append((role, words))
         gone, rows = rows[len(turns) :], rows[: len(turns)]
         del self._boxes[len(turns) :]
-        for (role, words), (who, said) in zip(self._boxes, turns):
-            role.value, words.value = who, said
+        drawn = (*self._drawn, *[None] * len(turns))
+        for (role, words), turn, before in zip(self._boxes, turns, drawn):
+            if turn != before:  # what is being typed elsewhere stays
+                role.value, words.value = turn
+        self._drawn = turns
         if tuple(rows) != self.turns.children:
             self.turns.children = tuple(rows)
         for row in gone:
-            for part in (*row.children, row):
-                part.close()
+            close_all(row)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import ipywidgets as w
 
 from adapterlab.columns import BASE, Column
-from adapterlab.widgets.compat import classes
+from adapterlab.widgets.compat import classes, close_all
 from adapterlab.widgets.state import PanelState, Shown
-from adapterlab.widgets.text import result_html, text_html, tokens_html
+from adapterlab.widgets.text import result_html, sampling_words, text_html, tokens_html
 
 if TYPE_CHECKING:
     from adapterlab.comparison import Generation, TokenEvent
@@ -29,13 +29,13 @@ class ColumnCard:
     `alias`: what it is called while its name is hidden, else "".
     """
 
-    def __init__(self, column: Column, hue: int) -> None:
+    def __init__(self, column: Column, hue: int, alias: str = "") -> None:
         self.label = column.label
-        self._hue, self.alias = hue, ""
+        self._hue, self.alias = hue, alias
         self.head = classes(w.HTML(), "alab-card-head")
         self.body = classes(w.HTML(), "alab-card-body")
         self.foot = classes(w.HTML(), "alab-card-foot")
-        self.box = classes(w.VBox([self.head, self.body, self.foot]), "alab-card", f"alab-hue-{hue}")
+        self.box = classes(w.VBox([self.head, self.body, self.foot]), "alab-card", f"alab-hue-{0 if alias else hue}")
         self.clear()
 
     def name(self, alias: str) -> None:
@@ -51,6 +51,10 @@ class ColumnCard:
         """Empty, as before a generation; `state`: "waiting" when one is about to fill it."""
         self._text, self._tokens, self._began = "", 0, 0.0
         self._show(state, "")
+
+    def veil(self) -> None:
+        """Show that something is being written, and neither what nor when it began, which would tell a name."""
+        self._show("writing", "")
 
     def add(self, event: TokenEvent) -> None:
         """Take in one token without drawing."""
@@ -69,6 +73,8 @@ class ColumnCard:
         if self.alias:
             self._show("done", escape(generation.text), result_html(generation, blind=True))
         else:
+            if marks == "likelihood" and generation.base_logprobs is None:
+                marks = "words"  # base has not read it yet
             text = text_html(generation, base, marks)
             tokens = tokens_html(generation) if marks == "likelihood" else ""
             self._show("done", text, result_html(generation) + tokens)
@@ -98,6 +104,7 @@ class ColumnsView:
         self._lock = state.lock  # two locks would wait for each other
         self._running = False
         self._dirty: set[str] = set()
+        self._aliases: dict[str, str] = {}  # column → what it is called while names are hidden
         self._flushed = 0.0
         self._ticked: tuple[Column, ...] = ()
         self.cards: dict[str, ColumnCard] = {}
@@ -106,24 +113,28 @@ class ColumnsView:
         self.box = classes(w.VBox([self.title, self.grid]), "alab-section")
         state.observe(lambda _: self._follow(), ["rows", "compared", "multipliers"])
         state.observe(lambda _: self._render(arrange=True), ["shown"])
-        state.observe(lambda _: self._render(), ["marks", "hidden"])
+        state.observe(lambda _: self._render(), ["marks", "scored"])
+        state.observe(lambda _: self._reveal(), "hidden")
         self._follow()
 
     def begin(self, prompt: str, columns: Sequence[Column]) -> None:
         """Empty the cards of `columns` for a generation that starts now; `state.blind` shuffles and hides them."""
         with self._lock:
             self._running, self._dirty = True, set()
-            self._state.hidden = self._state.blind
+            blind = self._state.blind
+            columns = random.sample(list(columns), len(columns)) if blind else columns
+            self._aliases = {column.label: f"Column {place + 1}" for place, column in enumerate(columns)}
+            self._state.hidden = blind
             self._set_title(prompt)
-            self._arrange(random.sample(list(columns), len(columns)) if self._state.blind else columns)
+            self._arrange(columns)
             for card in self.cards.values():
-                card.clear("waiting")
+                card.veil() if blind else card.clear("waiting")
 
     def token(self, event: TokenEvent) -> None:
         """Take in a token; draw at most ten times a second, whatever the number of columns."""
         with self._lock:
             card = self.cards.get(event.column)
-            if card is None:
+            if card is None or self._state.hidden:
                 return
             card.add(event)
             self._dirty.add(event.column)
@@ -135,10 +146,8 @@ class ColumnsView:
         """The generation has ended; `state.shown` has what it made, or what there was before if an error came."""
         with self._lock:
             self._running = False
-            if self._state.columns != self._ticked:  # other rows were ticked meanwhile
-                self._follow()
-            else:
-                self._render()
+            self._render()
+            self._follow()  # other rows may have been ticked meanwhile
 
     def _flush(self, now: float) -> None:
         for label in self._dirty:
@@ -149,10 +158,16 @@ class ColumnsView:
     def _follow(self) -> None:
         """Between generations: a card for every ticked row, with its result if it has one."""
         with self._lock:
-            if self._running or self._state.columns == self._ticked:
+            # While names are hidden the cards stay: which of them goes with a row would tell its name.
+            if self._running or self._state.hidden or self._state.columns == self._ticked:
                 return
             self._arrange(self._state.columns)
             self._render()
+
+    def _reveal(self) -> None:
+        if not self._state.hidden:
+            self._render()
+            self._follow()
 
     def _render(self, *, arrange: bool = False) -> None:
         """Show `state.shown` on the cards; `arrange`: on cards of its own columns."""
@@ -161,10 +176,17 @@ class ColumnsView:
                 return
             shown: Shown | None = self._state.shown
             found = {} if shown is None else shown.generations
-            if shown is not None:
-                self._set_title(shown.prompt, self._state.history.index(shown) + 1)
+            if shown is None:
+                self.title.value = ""
+            else:
+                settings = sampling_words(shown.comparison.settings)
+                self._set_title(shown.prompt, settings, self._state.history.index(shown) + 1)
                 if arrange:
-                    self._arrange([Column(generation.asked) for generation in found.values()])
+                    columns = [Column(generation.asked) for generation in found.values()]
+                    if self._state.hidden:  # one of earlier whose names are still to be revealed
+                        columns = random.sample(columns, len(columns))
+                        self._aliases = {column.label: f"Column {place + 1}" for place, column in enumerate(columns)}
+                    self._arrange(columns)
             self._name()
             for label, card in self.cards.items():
                 if label in found:
@@ -174,30 +196,39 @@ class ColumnsView:
 
     def _arrange(self, columns: Sequence[Column]) -> None:
         self._ticked = self._state.columns
-        names = [row.name for row in self._state.rows]
+        names, hidden = [row.name for row in self._state.rows], self._state.hidden
         kept = {column.label: self.cards.get(column.label) for column in columns}
         gone = [card for label, card in self.cards.items() if label not in kept]
         self.cards = {
-            column.label: kept[column.label] or ColumnCard(column, hue_of(column, names)) for column in columns
+            column.label: kept[column.label] or ColumnCard(column, hue_of(column, names), "…" if hidden else "")
+            for column in columns
         }
-        self._name()
+        if hidden:  # nothing that could tell a name is on a card while it is moved
+            for card in self.cards.values():
+                card.name("…")
+                card.clear()
         boxes = tuple(card.box for card in self.cards.values())
         if boxes != self.grid.children:
             self.grid.children = boxes
+        self._name()
         for card in gone:
-            for part in (card.head, card.body, card.foot, card.box):
-                part.close()
+            close_all(card.box)
 
     def _name(self) -> None:
         """Give the cards their aliases, or take them away."""
-        for place, card in enumerate(self.cards.values()):
-            card.name(f"Column {place + 1}" if self._state.hidden else "")
+        for label, card in self.cards.items():
+            card.name(self._alias(label))
 
-    def _set_title(self, prompt: str, number: int | None = None) -> None:
-        """`number`: which of the history is shown, from 1; None while it is being made."""
+    def _alias(self, label: str) -> str:
+        return self._aliases.get(label, "…") if self._state.hidden else ""
+
+    def _set_title(self, prompt: str, settings: str = "", number: int | None = None) -> None:
+        """`settings`: the sampling, in words. `number`: which of the history is shown, from 1; None while it is made."""
         place = f' data-shown="{number}"' if number else ""
+        settings = f'<span class="alab-muted"> · {escape(settings)}</span>' if settings else ""
         self.title.value = (
-            f'<div class="alab-asked-line"{place}><span class="alab-muted">Asked</span> {escape(prompt)}</div>'
+            f'<div class="alab-asked-line"{place}><span class="alab-muted">Asked</span> '
+            f'<span class="alab-asked-prompt">{escape(prompt)}</span>{settings}</div>'
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import sys
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 import ipywidgets
 
+_AFTER_ENTER = 0.1  # seconds
 _RENDERS_DESCRIPTIONS = int(ipywidgets.__version__.split(".")[0]) < 8
 
 
@@ -37,12 +41,31 @@ def classes(widget: Any, *names: str) -> Any:
     return widget
 
 
-def on_enter(text_box: Any, callback: Any) -> None:
-    """Call `callback()` when Enter is pressed in a `Text` box, and not when the focus leaves it."""
+def on_enter(text_box: Any, callback: Callable[[], object]) -> None:
+    """Call `callback()` when Enter is pressed in a `Text` box, and not when the focus leaves it.
+
+    The page tells of the key before it tells the text, so in the foreground, where nothing comes in while the callback
+    works, the kernel's event loop calls it a moment later.
+    """
 
     def handle(_: Any, content: dict[str, Any], __: Any) -> None:
-        if content.get("event") == "submit":
-            callback()
+        if content.get("event") != "submit":
+            return
+        if needs_foreground():
+            with contextlib.suppress(RuntimeError):  # no loop: nobody types
+                asyncio.get_running_loop().call_later(_AFTER_ENTER, callback)
+                return
+        callback()
 
     # The message itself, since `on_submit` is deprecated in version 8 and `continuous_update=False` fires on blur too.
     text_box.on_msg(handle)
+
+
+def close_all(widget: Any) -> None:
+    """Close a widget and all that belongs to it."""
+    for child in getattr(widget, "children", ()):
+        close_all(child)
+    for own in (getattr(widget, "style", None), getattr(widget, "layout", None)):
+        if own is not None and hasattr(own, "close"):  # "style" is a plain string in some widgets of version 7
+            own.close()
+    widget.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import ipywidgets as w
 
 from adapterlab.inspection import count_new_parameters, people_bytes, people_count
-from adapterlab.widgets.compat import classes, label_text, set_tooltip
+from adapterlab.widgets.compat import classes, close_all, label_text, on_enter, set_tooltip
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.state import PanelState, short_share
 
@@ -42,6 +44,8 @@ class LoadForm:
         controls = [self.source, self.name, self.button, self.check, self.find, self.found]
         self.fold = _form("Load an adapter", "gets a row and a column; lab.model stays as it is", controls)
         self.button.on_click(lambda _: on_load(self.asked))
+        for box in (self.source, self.name):
+            on_enter(box, lambda: on_load(self.asked))
         self.check.on_click(lambda _: on_check(self.asked))
         self.find.on_click(lambda _: on_find())
         self.found.observe(self._choose, "value")
@@ -71,7 +75,7 @@ class AddForm:
     def __init__(
         self, state: PanelState, on_add: Callable[[Callable[[], tuple[str, str, dict[str, Any]]]], object]
     ) -> None:
-        self._state = state
+        self._state, self._taken = state, set(state.adapter_names)
         self.method = classes(w.Dropdown(options=list(METHODS.items()), description="Method"), "alab-short")
         self.name = _text(value="default", description="Name")
         self.r = classes(w.BoundedIntText(value=8, min=1, max=4096, description="Rank"), "alab-short")
@@ -86,11 +90,21 @@ class AddForm:
         for control in (self.method, self.r, self.targets):
             control.observe(lambda _: self._render(), "value")
         self.button.on_click(lambda _: on_add(self.asked))
+        on_enter(self.name, lambda: on_add(self.asked))
         state.observe(lambda _: _lock(self.button, state), ["busy", "closed"])
         state.observe(lambda _: self._render(), ["targets", "rows"])
         self._render()
 
     def _render(self) -> None:
+        with self._state.lock:
+            self._draw()
+
+    def _draw(self) -> None:
+        taken = set(self._state.adapter_names)
+        if self.name.value in taken - self._taken:  # it has just been added: propose the next
+            stem = re.sub(r"-\d+$", "", self.name.value)
+            self.name.value = next(name for i in itertools.count(2) if (name := f"{stem}-{i}") not in taken)
+        self._taken = taken
         self.r.layout.display = "none" if self.method.value == "ia3" else None
         names = tuple(self._state.targets)
         if self.targets.options != names:
@@ -129,7 +143,7 @@ class BlendForm:
 
     def __init__(self, state: PanelState, on_blend: Callable[[Callable[[], dict[str, float]]], object]) -> None:
         self._state = state
-        self.sliders: dict[str, w.FloatSlider] = {}
+        self.numbers: dict[str, w.BoundedFloatText] = {}
         self.grid = classes(w.HBox(), "alab-form")
         self.button = w.Button(description="Add blend")
         set_tooltip(self.button, "A row and a column in which these adapters act together, each at its multiplier")
@@ -142,27 +156,31 @@ class BlendForm:
         self._render()
 
     def asked(self) -> dict[str, float]:
-        return {name: slider.value for name, slider in self.sliders.items() if slider.value}
+        return {name: number.value for name, number in self.numbers.items() if number.value}
 
     def _render(self) -> None:
+        with self._state.lock:
+            self._draw()
+
+    def _draw(self) -> None:
         names = [row.name for row in self._state.rows if row.is_adapter and not row.fixed]
-        if names != list(self.sliders):
-            old = self.sliders
-            self.sliders = {name: old.get(name) or self._slider(name) for name in names}
-            self.grid.children = tuple(self.sliders.values())
-            for name in old.keys() - self.sliders.keys():
-                old[name].close()
+        if names != list(self.numbers):
+            old = self.numbers
+            self.numbers = {name: old.get(name) or self._number(name) for name in names}
+            self.grid.children = tuple(self.numbers.values())
+            for name in old.keys() - self.numbers.keys():
+                close_all(old[name])
         enough = len(names) > 1
         self.fold.button.layout.display = None if enough else "none"
         self.fold.body.layout.display = None if enough and self.fold.open else "none"
         _lock(self.button, self._state)
 
     @staticmethod
-    def _slider(name: str) -> w.FloatSlider:
-        slider = w.FloatSlider(value=0.5, min=0.0, max=2.0, step=0.05, readout_format=".2f", continuous_update=False)
-        slider.description = label_text(name)
-        set_tooltip(slider, f"How strongly {name} acts in the blend; 0 leaves it out")
-        return classes(slider, "alab-part")
+    def _number(name: str) -> w.BoundedFloatText:
+        number = w.BoundedFloatText(value=0.5, min=0.0, max=2.0, step=0.05)
+        number.description = label_text(name)
+        set_tooltip(number, f"How strongly {name} acts in the blend; 0 leaves it out")
+        return classes(number, "alab-part")
 
 
 class SaveForm:
@@ -179,6 +197,7 @@ class SaveForm:
         controls = classes(w.HBox([self.folder, self.button, self.cancel]), "alab-form")
         self.box = classes(w.VBox([self.heading, controls]), "alab-fold-body", "alab-inset")
         self.button.on_click(lambda _: on_save(self.asked))
+        on_enter(self.folder, lambda: on_save(self.asked))
         self.cancel.on_click(lambda _: self.open_for(""))
         state.observe(lambda _: self._render(), ["rows", "busy", "closed"])
         self._render()

@@ -17,7 +17,7 @@ class Header:
 
     def __init__(self, state: PanelState, on_enabled: Callable[[bool], object]) -> None:
         self._state = state
-        self._on_enabled = on_enabled
+        self._on_enabled, self._rendering = on_enabled, False
         self.line = classes(w.HTML(), "alab-status")
         self.switch = classes(w.ToggleButton(), "alab-switch")
         set_tooltip(self.switch, "All adapters on or off in lab.model. The columns below do not depend on it.")
@@ -27,11 +27,21 @@ class Header:
         self._render()
 
     def _on_switch(self, change: dict[str, Any]) -> None:
-        if change["new"] != self._state.enabled:
+        with self._state.lock:  # while another thread draws, a change of the switch is not the user's
+            turned = not self._rendering and change["new"] != self._state.enabled
+        if turned:
             self._on_enabled(change["new"])
             self._render()
 
     def _render(self) -> None:
+        with self._state.lock:
+            self._rendering = True
+            try:
+                self._draw()
+            finally:
+                self._rendering = False
+
+    def _draw(self) -> None:
         state = self._state
         self.line.value = status_html(state.status)
         self.switch.value = state.enabled
@@ -58,12 +68,21 @@ class NoticeBar:
     def __init__(self, state: PanelState) -> None:
         self._state = state
         self.html = classes(w.HTML(), "alab-notice")
+        self.dismiss = classes(w.Button(description="Dismiss"), "alab-quiet")
+        set_tooltip(self.dismiss, "Take this message away")
+        self.box = classes(w.HBox([self.html, self.dismiss]), "alab-notice-line")
+        self.dismiss.on_click(lambda _: self._forget())
         state.observe(lambda _: self._render(), ["notice", "elsewhere"])
         self._render()
 
+    def _forget(self) -> None:
+        self._state.notice = None
+
     def _render(self) -> None:
         notice = self._state.notice or (_ELSEWHERE if self._state.elsewhere else None)
-        self.html.layout.display = None if notice else "none"
+        for part in (self.html, self.box):
+            part.layout.display = None if notice else "none"
+        self.dismiss.layout.display = "none" if self._state.notice is None or self._state.notice.passing else None
         self.html.value = notice_html(notice) if notice else ""
 
 

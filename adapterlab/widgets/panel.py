@@ -11,13 +11,13 @@ import ipywidgets as w
 from adapterlab.inspection import linear_shapes
 from adapterlab.widgets.actions import Actions
 from adapterlab.widgets.columns import ColumnsView
-from adapterlab.widgets.compat import classes, on_enter
+from adapterlab.widgets.compat import classes, close_all, on_enter
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.forms import AddForm, BlendForm, LoadForm, SaveForm
 from adapterlab.widgets.header import Header, NoticeBar
 from adapterlab.widgets.prompt import PromptBox
 from adapterlab.widgets.results import ResultsBar
-from adapterlab.widgets.rows import AdapterRows, close_all
+from adapterlab.widgets.rows import AdapterRows
 from adapterlab.widgets.sizes import SizesView
 from adapterlab.widgets.state import Notice, PanelState
 from adapterlab.widgets.tabs import Tabs
@@ -46,10 +46,12 @@ class Panel(w.VBox):
         self.state.targets = linear_shapes(lab.model)
         self.columns = ColumnsView(self.state)
         self.do = Actions(lab, self.state, self.columns)
-        self.state.elsewhere = lab.running
         super().__init__([_style(), *self._build()])
         classes(self, "alab-panel")
         self._unsubscribe = lab.on_change(self._on_lab_change)
+        for kind in ("adapters", "history", "running"):  # what has changed since the first look
+            self._on_lab_change(kind)
+        self.state.observe(lambda _: self._score(), "shown")
 
     def _build(self) -> list[w.Widget]:
         state, do, examples = self.state, self.do, examples_for(self._lab)
@@ -74,7 +76,7 @@ class Panel(w.VBox):
                 "Inspect": [self.sizes.html, self.trust.box],
             }
         )
-        return [self.header.box, self._adapters(), self.notice.html, self.tabs.box]
+        return [self.header.box, self._adapters(), self.notice.box, self.tabs.box]
 
     def _adapters(self) -> w.Widget:
         folds: list[Fold] = [self.load_form.fold, self.add_form.fold, self.blend_form.fold]
@@ -92,6 +94,7 @@ class Panel(w.VBox):
         self._shut()
         for child in self.children:
             close_all(child)
+        self.layout.close()
         super().close()
 
     def __repr__(self) -> str:
@@ -113,9 +116,18 @@ class Panel(w.VBox):
         elif kind == "state":
             self.state.read_selection(self._lab)
         elif kind == "history":
-            self.state.read_history(self._lab)
+            self.state.read_history(self._lab, own=self.do.mine())
+            self.state.read_badges(self._lab)
         elif kind == "running":
-            self.state.elsewhere = self._lab.running and not self.do.generating
+            self.do.note_running()
+
+    def _score(self) -> None:
+        """Under likelihood, let base read the answers that are shown now, if it has not yet."""
+        shown = self.state.shown
+        if shown is None or self.state.marks != "likelihood" or self.state.busy or self.do.worker.foreground:
+            return
+        if any(g.base_logprobs is None for g in shown.generations.values()):
+            self.do.mark("likelihood")
 
 
 def examples_for(lab: AdapterLab) -> tuple[str, ...]:

@@ -11,7 +11,10 @@ from traitlets import link
 from adapterlab.widgets.chat import ChatTurns
 from adapterlab.widgets.compat import classes, label_text, set_tooltip
 from adapterlab.widgets.fold import Fold
-from adapterlab.widgets.state import PanelState
+from adapterlab.widgets.state import Notice, PanelState
+from adapterlab.widgets.text import sampling_words
+
+_TOO_MANY_LINES = "One line can't hold the prompt's line breaks: take them out first."
 
 
 class PromptBox:
@@ -51,7 +54,7 @@ class PromptBox:
         link((state, "prompt"), (self.lines, "value"))
         state.observe(lambda _: self._show_prompt(), "prompt")
         self.text.observe(self._on_text, "value")
-        self.several.observe(lambda _: self._show_prompt(), "value")
+        self.several.observe(self._on_several, "value")
         self._show_prompt()
         self.generate.on_click(lambda _: on_generate())
         self.stop.on_click(lambda _: on_stop())
@@ -59,13 +62,17 @@ class PromptBox:
         self._render()
 
     def _on_text(self, change: dict[str, Any]) -> None:
-        if not self.several.value:
-            self._state.prompt = change["new"]
+        self._state.prompt = change["new"]
+
+    def _on_several(self, change: dict[str, Any]) -> None:
+        if not change["new"] and "\n" in self._state.prompt:
+            self._state.notice = Notice("info", _TOO_MANY_LINES)
+        self._show_prompt()
 
     def _show_prompt(self) -> None:
         """In the one line, unless it has several: a line's box would drop their breaks."""
         if "\n" in self._state.prompt and not self.several.value:
-            self.several.value = True
+            self.several.value = True  # which comes back here
             return
         several = self.several.value
         if not several:
@@ -128,17 +135,4 @@ class Sampling:
         for control in (self.top_p, self.top_k, self.seed):
             control.disabled = greedy
         self._hint.layout.display = None if greedy else "none"
-        self.fold.summary(label_text(f"Sampling: {sampling_words(state)}"))
-
-
-def sampling_words(state: PanelState) -> str:
-    """The settings in a line: `64 new tokens, always the likeliest` or `…, temperature 0.8, top-p 0.9, seed 3`."""
-    words = [f"{state.max_new_tokens} new tokens"]
-    if state.temperature == 0:
-        return ", ".join([*words, "always the likeliest token"])
-    words.append(f"temperature {state.temperature:g}")
-    if state.top_p < 1:
-        words.append(f"top-p {state.top_p:g}")
-    if state.top_k:
-        words.append(f"top-k {state.top_k}")
-    return ", ".join([*words, f"seed {state.seed}"])
+        self.fold.summary(label_text(f"Sampling: {sampling_words(state.sampling)}"))

@@ -26,21 +26,21 @@ class ResultsBar:
         self._state, self._on_marks, self._rendering = state, on_marks, False
         self.marks = classes(w.Dropdown(options=list(MARKS.items()), description="Marks"), "alab-short")
         set_tooltip(self.marks, "Words: what base does not say. Likelihood: how much the adapter changed each token")
-        self.history = classes(w.Dropdown(options=[("none yet", -1)], description="Earlier"), "alab-wide")
+        self.history = classes(w.Dropdown(options=[("none yet", -1)], description="History"), "alab-wide")
         set_tooltip(self.history, "Show an earlier comparison again, the panel's or one from Python")
-        self.blind = w.ToggleButton(description="Blind")
+        self.blind = w.ToggleButton(description="Blind test")
         set_tooltip(self.blind, "From the next Generate on, shuffle the columns and hide their names until revealed")
         self.reveal = classes(w.Button(description="Reveal names"), "alab-main")
         self.code = classes(w.HTML(), "alab-code")
         self.files = classes(w.HTML(), "alab-files")
         self.code_fold = Fold("Show code", [self.code])
-        self.files_fold = Fold("Keep", [self.files])
+        self.files_fold = Fold("Download", [self.files])
         folds = [self.code_fold, self.files_fold]
         controls = [self.marks, self.history, self.blind, self.reveal, *(fold.button for fold in folds)]
         self.bar = classes(w.HBox(controls), "alab-form")
         self.box = classes(w.VBox([self.bar, *(fold.body for fold in folds)]), "alab-results")
         link((state, "blind"), (self.blind, "value"))
-        self.reveal.on_click(lambda _: self._reveal())
+        self.reveal.on_click(lambda _: state.reveal())
         self.marks.observe(self._choose_marks, "value")
         self.history.observe(self._choose, "value")
         for fold in folds:
@@ -49,25 +49,28 @@ class ResultsBar:
         state.observe(lambda _: self._render(), names)
         self._render()
 
-    def _reveal(self) -> None:
-        self._state.hidden = False
-
     def _choose_marks(self, change: dict[str, Any]) -> None:
-        if not self._rendering and change["new"] != self._state.marks:
+        with self._state.lock:  # while another thread draws, a change of the list is not the user's
+            chosen = not self._rendering and change["new"] != self._state.marks
+        if chosen:
             self._on_marks(change["new"])
             self._render()
 
     def _choose(self, change: dict[str, Any]) -> None:
-        if not self._rendering and 0 <= change["new"] < len(self._state.history):
-            self._state.hidden = False
-            self._state.shown = self._state.history[change["new"]]
+        with self._state.lock:
+            if not self._rendering and 0 <= change["new"] < len(self._state.history):
+                self._state.show(self._state.history[change["new"]])
 
     def _render(self) -> None:
+        with self._state.lock:
+            self._draw()
+
+    def _draw(self) -> None:
         state, running = self._state, bool(self._state.busy)
         self._rendering = True
         try:
             first = max(0, len(state.history) - MOST_HISTORY)
-            entries = list(enumerate(state.history))[first:]
+            entries = [(i, s) for i, s in enumerate(state.history) if i >= first or s is state.shown]
             options = [(_title(i, shown), i) for i, shown in reversed(entries)] or [("none yet", -1)]
             if tuple(self.history.options) != tuple(options):
                 self.history.options = options
@@ -79,7 +82,7 @@ class ResultsBar:
         self.history.disabled = running or state.closed or not state.history
         self.marks.disabled = running or state.closed
         self.blind.disabled = running or state.closed
-        self.blind.description = "Blind: on" if state.blind else "Blind"
+        self.blind.description = "Blind test: on" if state.blind else "Blind test"
         self.reveal.layout.display = None if state.hidden and not running else "none"
         self.code_fold.button.layout.display = None if state.code else "none"
         self.code.value = f"<pre>{escape(state.code)}</pre>" if state.code and self.code_fold.open else ""

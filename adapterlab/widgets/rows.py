@@ -9,11 +9,10 @@ from typing import Any
 import ipywidgets as w
 
 from adapterlab.inspection import people_bytes, people_count
-from adapterlab.widgets.compat import classes, label_text, set_tooltip
+from adapterlab.widgets.compat import classes, close_all, label_text, set_tooltip
 from adapterlab.widgets.state import PanelState, Row
 
-# A status that says the weights exist nowhere else: deleting asks first.
-_ASK_BEFORE_DELETING = ("unsaved", "trained here")
+_CONFIRM = {"unsaved": "Not saved: delete?"}  # by status
 
 
 class AdapterRow:
@@ -33,14 +32,8 @@ class AdapterRow:
         self.compare = classes(w.Checkbox(indent=False, description=label_text(name)), "alab-compare")
         set_tooltip(self.compare, f"Give {name} a column in the comparison")
         self.facts = classes(w.HTML(), "alab-row-facts")
-        self.multiplier = w.FloatSlider(
-            min=0.0,
-            max=2.0,
-            step=0.05,
-            readout_format=".2f",
-            description="multiplier",
-            continuous_update=False,
-        )
+        # A number and not a slider, whose handle has no name that a screen reader could say.
+        self.multiplier = w.BoundedFloatText(min=0.0, max=2.0, step=0.05, description="multiplier")
         classes(self.multiplier, "alab-multiplier")
         self.use = classes(w.Button(), "alab-quiet")
         self.save = classes(w.Button(description="Save…"), "alab-quiet")
@@ -65,6 +58,7 @@ class AdapterRow:
         """Show `row` and the state as they are now."""
         self.row = row
         state, name = self._state, row.name
+        self.disarm()
         self.compare.value = state.compared.get(name, True)
         self.multiplier.value = state.multipliers.get(name, 1.0)
         current = state.acts(row)
@@ -78,20 +72,23 @@ class AdapterRow:
         self.compare.disabled = state.closed
         self.multiplier.disabled = state.closed or bool(row.fixed)
         meaning = f"How strongly {name} acts in its column: 0 is the base, 1 the adapter"
-        set_tooltip(self.multiplier, f"Always 1: {row.fixed}" if row.fixed else meaning)
+        set_tooltip(self.multiplier, f"Always 1: {row.fixed}" if row.fixed else meaning)  # facts_html has it in full
         self.multiplier.description = "fixed at" if row.fixed else "multiplier"
 
     def _on_compare(self, change: dict[str, Any]) -> None:
-        self._state.compared = {**self._state.compared, self.row.name: change["new"]}
+        with self._state.lock:  # several threads tick and load
+            self._state.compared = {**self._state.compared, self.row.name: change["new"]}
 
     def _on_multiplier(self, change: dict[str, Any]) -> None:
-        self._state.multipliers = {**self._state.multipliers, self.row.name: change["new"]}
-        self.update(self.row)
+        with self._state.lock:
+            self._state.multipliers = {**self._state.multipliers, self.row.name: change["new"]}
+            self.update(self.row)
 
     def _on_delete_click(self) -> None:
-        if self.row.status in _ASK_BEFORE_DELETING and not self._armed:
+        # Every adapter asks: one that was trained in a cell looks as it did before until the next comparison.
+        if self.row.is_adapter and not self._armed:
             self._armed = True
-            self.delete.description = "Not saved: delete?"
+            self.delete.description = _CONFIRM.get(self.row.status, "Really delete?")
             self.delete.add_class("alab-danger")
             return
         self.disarm()
@@ -137,17 +134,11 @@ class AdapterRows:
 def facts_html(row: Row, current: bool) -> str:
     """Method, size and status of a row; how it acts in `lab.model` where the button can't say it."""
     badge = f'<span class="alab-badge">{escape(row.status)}</span>' if row.status else ""
+    fixed = f'<span class="alab-muted">multiplier always 1: {escape(row.fixed)}</span>' if row.fixed else ""
     acts = ""
     if row.in_model is not None and not current:
         acts = f'<span class="alab-badge alab-acts">in lab.model × {row.in_model:g}</span>'
     return (
         f'<div class="alab-facts-line"><span class="alab-kind">{escape(row.kind)}</span><span class="alab-size">'
-        f"{people_count(row.parameters)} parameters · {people_bytes(row.bytes)}</span><span>{badge}{acts}</span></div>"
+        f"{people_count(row.parameters)} parameters · {people_bytes(row.bytes)}</span><span>{badge}{acts}</span>{fixed}</div>"
     )
-
-
-def close_all(widget: Any) -> None:
-    """Close a widget and all that it holds."""
-    for child in getattr(widget, "children", ()):
-        close_all(child)
-    widget.close()

@@ -46,11 +46,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Notice:
-    """One thing to tell the user. `kind` is "info" or "error"; `detail` is folded away under it."""
+    """One thing to tell the user. `kind` is "info" or "error"; `detail` is folded away under it. passing: true only
+    while something runs."""
 
     kind: str
     text: str
     detail: str = ""
+    passing: bool = False
 
     @classmethod
     def from_error(cls, error: BaseException, doing: str = "") -> Notice:
@@ -89,9 +91,9 @@ class PanelState(t.HasTraits):
     Chosen by the user: `prompt`, `system` (a chat's system turn, "" for none), `turns` (what was said before the prompt,
     as (role, words)), `compared` (row → has a column), `multipliers` (name → 0 to 2), `blends` (columns that have rows of
     their own), the sampling, `marks` (what sets words off), `blind` (hide names from the next generation on).
-    About the columns: `shown` (of the history, or None), `hidden` (their names are hidden now), `code` (the Python of
-    the last click), `verdict` (the rows of `lab.verify` for what is shown). `found`: adapters on the Hub for this base,
-    as (id, words).
+    About the columns: `shown` (of the history, or None), `hidden` (their names are hidden now), `scored` (grows when base
+    has read answers that are shown), `verdict` (the rows of `lab.verify` for what is shown), `code` (the Python of the
+    last click). `found`: adapters on the Hub for this base, as (id, words).
     About the panel itself: `busy` (what runs now, in words; "" when idle), `stoppable`, `notice`, `closed`.
     """
 
@@ -130,8 +132,11 @@ class PanelState(t.HasTraits):
     notice = t.Instance(Notice, allow_none=True)
     closed = t.Bool(False)
 
+    scored = t.Int(0)
+
     def __init__(self, **traits: Any) -> None:
         self.lock = threading.RLock()
+        self._veiled: set[int] = set()  # comparisons whose names are still hidden, by id: `history` keeps them alive
         super().__init__(**traits)
 
     def notify_change(self, change: Any) -> None:
@@ -152,6 +157,10 @@ class PanelState(t.HasTraits):
         self._set_rows([row for row in self.rows if row.blend is None], blends)
 
     def _set_rows(self, rows: list[Row], blends: tuple[Column, ...]) -> None:
+        with self.lock:
+            self._replace_rows(rows, blends)
+
+    def _replace_rows(self, rows: list[Row], blends: tuple[Column, ...]) -> None:
         known = {row.name: row for row in rows}
         self.blends = tuple(blend for blend in blends if all(name in known for name in blend.names))
         rows = rows + [_blend_row(blend, known) for blend in self.blends]
@@ -166,11 +175,19 @@ class PanelState(t.HasTraits):
         self.selection = lab.selection
         self.enabled = lab.enabled
         self.trainable = lab.trainable or ""
-        self.rows = tuple(replace(row, in_model=in_model.get(row.name)) for row in self.rows)
+        with self.lock:
+            self.rows = tuple(replace(row, in_model=in_model.get(row.name)) for row in self.rows)
         self.status = lab.status()
 
-    def read_history(self, lab: AdapterLab) -> None:
-        """Take over the lab's comparisons, whoever made them, and show the newest if there is a new one."""
+    def read_badges(self, lab: AdapterLab) -> None:
+        """Take over the adapters' status, which a comparison has looked at anew."""
+        status = {name: info.status for name, info in lab.adapters.items()}
+        with self.lock:
+            self.rows = tuple(replace(row, status=status.get(row.name, row.status)) for row in self.rows)
+
+    def read_history(self, lab: AdapterLab, *, own: bool = False) -> None:
+        """Take over the lab's comparisons, whoever made them, and show the newest if there is a new one. own: this panel
+        has made it, and says itself what is hidden of it."""
         before = {id(shown.comparison) for shown in self.history}
         kept = {(id(shown.comparison), shown.index): shown for shown in self.history}
         self.history = tuple(
@@ -179,10 +196,31 @@ class PanelState(t.HasTraits):
             for index in range(len(comparison.prompts))
         )
         fresh = [shown for shown in self.history if id(shown.comparison) not in before]
-        if fresh:
-            self.shown = fresh[0]
+        if fresh and own:
+            self.shown = fresh[-1]  # the panel asks one prompt
+        elif fresh:
+            self.show(next(shown for shown in fresh if shown.comparison is fresh[-1].comparison))
         elif self.shown not in self.history:
-            self.shown = None
+            self.show(None)
+
+    def show(self, shown: Shown | None) -> None:
+        """Show this of the history, its names hidden if they are still to be revealed."""
+        with self.lock:
+            hidden = shown is not None and id(shown.comparison) in self._veiled
+            if hidden:  # before its names could be seen
+                self.hidden = True
+            self.shown = shown
+            self.hidden = hidden
+
+    def veil(self, comparison: Comparison) -> None:
+        """Keep the names of this comparison hidden until `reveal`, also when it is shown again later."""
+        self._veiled.add(id(comparison))
+
+    def reveal(self) -> None:
+        """Name the columns that are shown."""
+        if self.shown is not None:
+            self._veiled.discard(id(self.shown.comparison))
+        self.hidden = False
 
     def column(self, name: str) -> Column:
         """The column of a row: the base, its adapter at the row's multiplier, or its blend."""

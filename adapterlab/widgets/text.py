@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterlab.render import mark_words
 
@@ -110,3 +111,16 @@ def result_html(generation: Generation, *, blind: bool = False) -> str:
             rows.append(("Note", generation.note))
     items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in rows)
     return f"<dl>{items}</dl>"
+
+
+def sampling_words(settings: Mapping[str, Any]) -> str:
+    """The settings in a line: `64 new tokens, always the likeliest token` or `…, temperature 0.8, top-p 0.9, seed 3`."""
+    words = [f"{settings['max_new_tokens']} new tokens"] if "max_new_tokens" in settings else []
+    if not settings.get("temperature"):
+        return ", ".join([*words, "always the likeliest token"])
+    words.append(f"temperature {settings['temperature']:g}")
+    if settings.get("top_p", 1.0) < 1:
+        words.append(f"top-p {settings['top_p']:g}")
+    if settings.get("top_k"):
+        words.append(f"top-k {settings['top_k']}")
+    return ", ".join([*words, f"seed {settings.get('seed', 0)}"])

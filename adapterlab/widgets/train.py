@@ -31,11 +31,17 @@ class TrainView:
         self._render()
 
     def _choose(self, change: dict[str, Any]) -> None:
-        if not self._rendering and change["new"] != self._state.trainable:
+        with self._state.lock:
+            chosen = not self._rendering and change["new"] != self._state.trainable
+        if chosen:
             self._on_trainable(change["new"] or None)
             self._render()  # until the lab has done it
 
     def _render(self) -> None:
+        with self._state.lock:
+            self._draw()
+
+    def _draw(self) -> None:
         state = self._state
         options = [(NOBODY, ""), *((name, name) for name in state.adapter_names)]
         self._rendering = True
@@ -57,9 +63,9 @@ def trainer_code(name: str) -> str:
         [
             "from transformers import Trainer, TrainingArguments",
             "",
-            f"lab.set_adapter({name!r})",
             f"lab.set_trainable({name!r})",
             'arguments = TrainingArguments("training", max_steps=40, learning_rate=2e-4, report_to="none")',
-            "Trainer(model=lab.model, args=arguments, train_dataset=...).train()",
+            f"with lab.using({name!r}) as model:  # the panel waits meanwhile",
+            "    Trainer(model=model, args=arguments, train_dataset=...).train()",
         ]
     )

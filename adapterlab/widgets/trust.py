@@ -45,6 +45,10 @@ def verdict_html(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         error = row["logprob_error"]
+        if error != error:  # not a number: the adapter has gone, and nothing was computed
+            name, why = escape(str(row["column"])), escape(str(row["note"]))
+            lines.append(f"<tr><th scope='row'>{name}</th><td colspan='5'>not checked: {why}</td></tr>")
+            continue
         cells = [
             f"<th scope='row'>{escape(str(row['column']))}</th>",
             f"<td>{_word(row['weights_agree'])}</td><td>{_word(row['active_agree'])}</td>",

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 SETTLE = 0.05
 
 _HOW_TO_STOP = Notice(
-    "info", "Running. This notebook can't deliver a click on Stop meanwhile: use Interrupt execution."
+    "info",
+    "Running. This notebook can't deliver a click on Stop meanwhile: use Interrupt execution.",
+    passing=True,
 )
 
 
@@ -31,10 +33,9 @@ class Worker:
     """
 
     def __init__(self, state: PanelState, track: Callable[[Future[None]], object], *, foreground: bool = False) -> None:
-        self._state, self._foreground = state, foreground
+        self._state, self.foreground = state, foreground
         self._track = track
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapterlab-panel")
-        self._claim = threading.Lock()
         self._closing = threading.Event()
 
     def start(self, doing: str, job: Callable[[], object], *, stoppable: bool = False) -> bool:
@@ -42,31 +43,33 @@ class Worker:
 
         `doing`: what it does, in words. `stoppable`: the Stop button can end it.
         """
-        with self._claim:
-            if self._state.closed:
+        state = self._state
+        with state.lock:  # the one lock there is: a second could be taken the other way round
+            if state.closed:
                 return False
-            running, self._state.busy = self._state.busy, self._state.busy or doing
-        if running:
-            stop = ", or press Stop" if self._state.stoppable else ""
-            self._state.notice = Notice("info", f"Not started: still {_lower(running)}. Wait for it{stop}.")
-            return False
+            if state.busy:
+                stop = ", or press Stop" if state.stoppable else ""
+                state.notice = Notice(
+                    "info", f"Not started: still {_lower(state.busy)}. Wait for it{stop}.", passing=True
+                )
+                return False
+            try:
+                state.busy = doing
+                state.stoppable = stoppable and not self.foreground
+                # In the foreground no click arrives before this one is dealt with.
+                state.notice = _HOW_TO_STOP if stoppable and self.foreground else None
+                if not self.foreground:
+                    self._track(self._pool.submit(self._run, job))
+                    return True
+            except BaseException:  # a part that can't follow the state must not leave the panel busy for ever
+                state.busy = ""
+                raise
         try:
-            self._state.stoppable = stoppable and not self._foreground
-            self._state.notice = None
-            if not self._foreground:
-                self._track(self._pool.submit(self._run, doing, job))
-                return True
-        except BaseException:  # a part that can't follow the state must not leave the panel busy for ever
-            self._state.busy = ""
-            raise
-        if stoppable:  # no click arrives before this one is dealt with
-            self._state.notice = _HOW_TO_STOP
-        try:
-            self._run(doing, job)
+            self._run(job)
         except KeyboardInterrupt:
-            self._state.notice = Notice("info", "Interrupted: nothing was kept of it, and the lab is as before.")
-        if self._state.notice is _HOW_TO_STOP:
-            self._state.notice = None
+            state.busy = ""
+            kept = ": nothing was kept of it" if stoppable else ": look at the rows for what it did"
+            state.notice = Notice("info", f"Interrupted{kept}.")
         return True
 
     def close(self) -> None:
@@ -74,16 +77,20 @@ class Worker:
         self._closing.set()
         self._pool.shutdown(wait=False)
 
-    def _run(self, doing: str, job: Callable[[], object]) -> None:
+    def _run(self, job: Callable[[], object]) -> None:
+        state = self._state
         try:
-            if not self._foreground:
+            if not self.foreground:
                 self._closing.wait(SETTLE)
-            if not self._state.closed:
+            if not state.closed:
                 job()
         except Exception as error:  # shown to the user, whatever it is; a thread has nobody else to tell
-            self._state.notice = Notice.from_error(error)
+            state.notice = Notice.from_error(error)
         finally:
-            self._state.busy = ""
+            with state.lock:
+                state.busy = ""
+                if state.notice is not None and state.notice.passing:
+                    state.notice = None
 
 
 def _lower(text: str) -> str:
