@@ -14,6 +14,7 @@ from adapterlab.columns import Column
 from adapterlab.fingerprints import base_digest, column_digest
 from adapterlab.generation import compute_logprobs
 from adapterlab.mounts import plain_peft, skeleton
+from adapterlab.quantization import keep_quantized_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +90,9 @@ def _plain_logprobs(
         for name, multiplier in column.parts:
             config, state = adapters.plain(name)
             own = twins.enter_context(skeleton(model))
-            made.append((plain_peft(own, config, state, _PLAIN).eval(), multiplier))
+            plain = plain_peft(own, config, state, _PLAIN).eval()
+            keep_quantized_dtype(plain)
+            made.append((plain, multiplier))
         if column.single is not None:
             return compute_logprobs(made[0][0], ids, token_ids)  # PeftModel's own forward, which some methods need
         _put_explicit(twin, made)
