@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -232,7 +233,7 @@ def _generation(
         prompt=run.prompts[index].given,
         text=decode(row.token_ids, skip_special_tokens=True),
         token_ids=tuple(row.token_ids),
-        tokens=tuple(decode([token]) for token in row.token_ids),
+        tokens=token_texts(decode, row.token_ids),
         logprobs=tuple(row.logprobs),
         leads=tuple(row.leads),
         finish_reason=row.finish_reason,
@@ -290,25 +291,44 @@ def _stop_strings(tokenizer: Any, strings: Any) -> Any:
     return StoppingCriteriaList([StopStringCriteria(tokenizer, strings)] if strings else [])
 
 
-class _Stream:
-    """Tokens in, readable pieces of text out to `on_token`; an incomplete character waits for its rest.
+class Pieces:
+    """What each further token adds to a text; a character that is spread over several comes with its last.
 
-    Decodes from the last piece on, so that the work per token does not grow with the text.
+    A token decoded on its own would not do: some tokenizers drop the space before it. Decodes from the last piece on, so
+    that the work per token does not grow with the text.
     """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self.decode = decode
+        self.said_from = self.said_to = 0
+
+    def next(self, token_ids: Sequence[int], final: bool) -> str:
+        """The piece that the last of `token_ids` makes readable, "" for none; `final`: no further token will come."""
+        said, text = self.decode(token_ids[self.said_from : self.said_to]), self.decode(token_ids[self.said_from :])
+        if len(text) <= len(said) or (text.endswith("\ufffd") and not final):
+            return ""
+        self.said_from, self.said_to = self.said_to, len(token_ids)
+        return text[len(said) :]
+
+
+def token_texts(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token: joined, they are the whole text, special tokens included."""
+    pieces, count = Pieces(decode), len(token_ids)
+    return tuple(pieces.next(token_ids[: i + 1], i + 1 == count) for i in range(count))
+
+
+class _Stream:
+    """Tokens in, readable pieces of text out to `on_token`."""
 
     def __init__(self, run: Run, index: int, label: str) -> None:
         self.run, self.index, self.label = run, index, label
-        self.said_from = self.said_to = 0
+        self.pieces = Pieces(functools.partial(run.tokenizer.decode, skip_special_tokens=True))
 
     def put(self, row: Row, reason: str | None) -> None:
         if self.run.on_token is None:
             return
-        decode, ids = self.run.tokenizer.decode, row.token_ids
-        said = decode(ids[self.said_from : self.said_to], skip_special_tokens=True)
-        text = decode(ids[self.said_from :], skip_special_tokens=True)
-        piece = ""
-        if len(text) > len(said) and (reason is not None or not text.endswith("\ufffd")):
-            piece, self.said_from, self.said_to = text[len(said) :], self.said_to, len(ids)
+        ids = row.token_ids
+        piece = self.pieces.next(ids, reason is not None)
         last = len(ids) - 1
         token = ids[last] if ids else -1
         self.run.on_token(TokenEvent(self.index, self.label, last, token, piece, reason))

@@ -446,6 +446,14 @@ class TestForeground:
         assert card_texts(front) == json_from_kernel(front.page, "", LAST)
         assert front.locator(".alab-notice-box").count() == 0
 
+    def test_enter_asks_what_was_typed_just_before(self, front: Locator) -> None:
+        before = json_from_kernel(front.page, "", COUNT)
+        prompt = front.get_by_label("Prompt", exact=True)
+        prompt.fill("What is fog?")
+        prompt.press("Enter")
+        wait_for_comparison(front, before + 1)
+        assert front.locator(".alab-asked-prompt").inner_text() == "What is fog?"
+
     def test_interrupt_execution_is_the_stop(self, front: Locator) -> None:
         before = json_from_kernel(front.page, "", COUNT)
         in_mid_stream(front, "Tell me a long story.")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import standins
 import torch
 
 from adapterlab import AdapterLab, AdapterLabError, Comparison, TokenEvent
+from adapterlab.generation import token_texts
 from adapterlab.render import mark_words
 
 SCRIPT = "<script>alert(1)</script>&<b>"
@@ -246,3 +248,26 @@ def test_generate_without_a_column_is_what_acts_now(full_lab: AdapterLab) -> Non
     assert full_lab.generate("Hello", max_new_tokens=2).column == "base"
     assert full_lab.generate("Hello", "poet", max_new_tokens=2).active_adapters == ("poet",)
     assert full_lab.last is None, "only comparisons are in the history"
+
+
+class TestTokenTexts:
+    """A tokenizer of Llama's kind: it drops the space that begins a text, and spreads characters over bytes."""
+
+    PIECES = (b"\xe2\x96\x81I", b"\xe2\x96\x81am", b"\xe2\x96\x81", b"\xe2\x9a", b"\x93", b"here")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return (
+            b"".join(self.PIECES[i] for i in ids)
+            .replace(b"\xe2\x96\x81", b" ")
+            .decode(errors="replace")
+            .removeprefix(" ")
+        )
+
+    def test_joined_they_are_the_text(self) -> None:
+        ids = range(len(self.PIECES))
+        texts = token_texts(self.decode, list(ids))
+        assert texts == ("I", " am", " ", "", "⚓", "here")
+        assert "".join(texts) == self.decode(ids) == "I am ⚓here"
+
+    def test_what_never_becomes_whole_is_shown_at_the_end(self) -> None:
+        assert "".join(token_texts(self.decode, [0, 3])) == self.decode([0, 3])

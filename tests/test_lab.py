@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -108,6 +109,37 @@ def test_listeners_hear_and_a_broken_one_breaks_nothing(lab: AdapterLab) -> None
         lab.set_adapter(None)
     assert heard == ["adapters", "state", "running", "running", "history", "state"]
     mend()
+
+
+def test_loading_without_selecting_leaves_what_acts(lab: AdapterLab, adapter_folders: dict[str, Path]) -> None:
+    lab.load_adapter(adapter_folders["pirate"], "pirate")
+    lab.set_adapter({"pirate": 0.5})
+    lab.disable_adapters()
+    lab.load_adapter(adapter_folders["wide"], "wide", select=False)
+    assert list(lab.adapters) == ["pirate", "wide"]
+    assert lab.selection.as_dict() == {"pirate": 0.5}
+    assert not lab.enabled
+
+
+def test_a_lab_is_free_unless_another_thread_works_with_it(lab: AdapterLab) -> None:
+    answers: list[bool] = []
+
+    def ask() -> None:
+        answers.append(lab.is_free())
+
+    for busy in (False, True):
+        with lab.using(None) if busy else contextlib.nullcontext():
+            assert lab.is_free(), "this thread goes on"
+            asking = threading.Thread(target=ask)
+            asking.start()
+            asking.join()
+    assert answers == [True, False]
+
+
+def test_a_closed_lab_says_its_name_as_text(lab: AdapterLab) -> None:
+    lab.name = "<img src=x>"
+    lab.close()
+    assert "<img" not in lab._repr_html_()
 
 
 def test_running_is_true_while_a_comparison_runs(lab: AdapterLab) -> None:

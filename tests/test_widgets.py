@@ -914,6 +914,28 @@ class TestShowCode:
         lab.wait()
         assert panel.state.code.startswith("lab.compare(")
 
+    def test_a_new_panel_shows_the_newest_of_several(self, panel: Panel, lab: FakeLab) -> None:
+        for prompt in ("One?", "Two?", "Three?"):
+            lab.compare(prompt, [None], on_token=lambda event: None)
+        other = build_panel(lab)  # type: ignore[arg-type]
+        assert "Three?" in other.columns.title.value
+        assert "Three?" in panel.columns.title.value
+        other.close()
+
+    def test_what_is_shown_stands_in_the_list_however_long_that_is(self, panel: Panel, lab: FakeLab) -> None:
+        for number in range(60):
+            lab.compare(f"q{number}", [None], on_token=lambda event: None)
+        panel.state.show(panel.state.history[0])
+        assert panel.results.history.value == 0
+        assert dict(map(reversed, panel.results.history.options))[0].startswith("1 · q0")  # type: ignore[arg-type]
+
+    def test_the_sampling_of_what_is_shown_is_said(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.sampling.temperature.value = 0.7
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.prompt.sampling.temperature.value = 0.1
+        assert "temperature 0.7, seed 0" in panel.columns.title.value
+
 
 class TestKeep:
     def test_links_hold_what_the_files_would(self, panel: Panel, lab: FakeLab, tmp_path: Path) -> None:
@@ -959,6 +981,54 @@ class TestBlind:
         assert hidden.results.files.value == ""
         assert hidden.results.reveal.layout.display is None
 
+    def test_touching_the_rows_moves_no_card(self, hidden: Panel, lab: FakeLab) -> None:
+        before = [(card.head.value, card.body.value) for card in hidden.columns.cards.values()]
+        hidden.rows.by_name["robot"].compare.value = False
+        hidden.rows.by_name["pirate"].multiplier.value = 0.5
+        lab.load_adapter("someone/poet")
+        assert [(card.head.value, card.body.value) for card in hidden.columns.cards.values()] == before
+        hidden.results.reveal.click()
+        assert list(hidden.columns.cards) == ["base", "pirate × 0.5", "poet"], "what is ticked now"
+
+    def test_nobody_sees_who_begins(self, panel: Panel, lab: FakeLab) -> None:
+        panel.results.blind.value = True
+        lab.gate = threading.Semaphore(2)
+        panel.prompt.generate.click()
+        assert lab.said.wait(20)
+        assert {card.body.value for card in panel.columns.cards.values()} == {
+            f'<div class="alab-text alab-writing" data-column="{card.alias}"></div>'
+            for card in panel.columns.cards.values()
+        }
+        lab.gate.release(100)
+        lab.wait()
+
+    def test_an_earlier_one_stays_hidden_until_it_is_revealed(self, hidden: Panel, lab: FakeLab) -> None:
+        hidden.results.blind.value = False
+        hidden.prompt.generate.click()
+        lab.wait()
+        assert not hidden.state.hidden
+        shown: list[str] = []
+        for card in hidden.columns.cards.values():
+            card.head.observe(lambda change: shown.append(change["new"]), "value")
+        hidden.results.history.value = 0
+        assert hidden.state.hidden
+        assert shown
+        assert not re.search("<h4>(base|pirate|robot)", "".join(shown))
+        hidden.results.reveal.click()
+        hidden.results.history.value = 1
+        hidden.results.history.value = 0
+        assert not hidden.state.hidden, "revealed once is revealed"
+
+    def test_after_a_failure_what_stood_there_has_its_names(self, panel: Panel, lab: FakeLab) -> None:
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.results.blind.value = True
+        lab.fail_with = AdapterLabError("No.")
+        panel.prompt.generate.click()
+        lab.wait()
+        assert not panel.state.hidden
+        assert "<h4>base</h4>" in panel.columns.cards["base"].head.value
+
     def test_reveal_names_them_where_they_stand(self, hidden: Panel, lab: FakeLab) -> None:
         hidden.results.reveal.click()
         cards = list(hidden.columns.cards.values())
@@ -986,6 +1056,53 @@ class TestErrors:
         lab.wait()
         assert "ZeroDivisionError: division by zero" in panel.notice.html.value
         assert panel.header.switch.value is True  # the switch shows what is, not what was wished
+
+    def test_a_refusal_is_true_only_while_it_runs(self, panel: Panel, lab: FakeLab) -> None:
+        lab.gate = threading.Semaphore(0)
+        panel.prompt.generate.click()
+        press_enter(panel)
+        assert "still generating" in panel.notice.html.value
+        assert panel.notice.dismiss.layout.display == "none"
+        lab.gate.release(100)
+        lab.wait()
+        assert panel.state.notice is None
+
+    def test_a_message_can_be_dismissed(self, panel: Panel, lab: FakeLab) -> None:
+        lab.fail_with = AdapterLabError("No.")
+        panel.prompt.generate.click()
+        lab.wait()
+        panel.notice.dismiss.click()
+        assert panel.notice.html.value == ""
+        assert panel.notice.box.layout.display == "none"
+
+    def test_a_part_that_fails_at_once_leaves_the_panel_usable(self, panel: Panel, lab: FakeLab) -> None:
+        def fail(change: Any) -> None:
+            if change["new"]:
+                raise ZeroDivisionError
+
+        panel.state.observe(fail, "busy")
+        with pytest.raises(ZeroDivisionError):
+            panel.do.generate()
+        panel.state.unobserve(fail, "busy")
+        assert panel.state.busy == ""
+        panel.do.generate()
+        lab.wait()
+        assert len(lab.history) == 1
+
+    def test_waiting_for_the_lab_is_said(self, panel: Panel, lab: FakeLab) -> None:
+        lab.free = False
+        said: list[str] = []
+        panel.notice.html.observe(lambda change: said.append(change["new"]), "value")
+        panel.prompt.generate.click()
+        lab.wait()
+        assert any("Waiting: a cell or another panel" in text for text in said)
+        assert panel.state.notice is None
+
+    def test_line_breaks_are_not_dropped_in_silence(self, panel: Panel) -> None:
+        panel.state.prompt = "one\ntwo"
+        panel.prompt.several.value = False
+        assert panel.prompt.several.value
+        assert "line breaks" in panel.notice.html.value
 
     def test_the_next_success_clears_it(self, panel: Panel, lab: FakeLab) -> None:
         lab.fail_with = AdapterLabError("No.")
@@ -1042,6 +1159,38 @@ class TestClosing:
         assert lab.listeners == 0
         panel.close()  # twice is fine
 
+    def test_closing_a_panel_ends_its_own_generation_only(self, panel: Panel, lab: FakeLab) -> None:
+        other = build_panel(lab)  # type: ignore[arg-type]
+        lab.gate = threading.Semaphore(1)
+        lab.answers["base"] = "one two three"
+        panel.prompt.generate.click()
+        assert lab.said.wait(20)
+        other.close()
+        lab.gate.release(100)
+        lab.wait()
+        assert lab.last["base"].finish_reason == "eos"
+
+    def test_a_panel_that_opens_meanwhile_learns_of_the_end(
+        self, lab: FakeLab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The comparison ends, and an adapter comes, while the widgets are being made."""
+        build = Panel._build
+
+        def slow(panel: Panel) -> Any:
+            made = build(panel)
+            lab.running = False
+            lab.load_adapter("someone/poet")
+            lab.compare("Meanwhile", [None], on_token=lambda event: None)
+            return made
+
+        lab.running = True
+        monkeypatch.setattr(Panel, "_build", slow)
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        assert not panel.state.elsewhere
+        assert "poet" in panel.rows.by_name
+        assert "Meanwhile" in panel.columns.title.value
+        panel.close()
+
     def test_closing_the_lab_locks_the_panel_and_says_so(self, panel: Panel, lab: FakeLab) -> None:
         lab.close()
         assert panel.prompt.generate.disabled
@@ -1058,8 +1207,10 @@ class TestClosing:
         lab.wait()
         widgets = list(_all_widgets(panel))
         assert len(widgets) > 50
+        belongings = [own for widget in widgets for own in (widget.layout, getattr(widget, "style", None))]
         panel.close()
         assert all(widget.comm is None for widget in widgets)
+        assert all(own.comm is None for own in belongings if hasattr(own, "comm"))
 
 
 def test_flush_is_held_to_ten_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
