@@ -21,6 +21,7 @@ from adapterlab.finished import FinishedColumns, keep, recall, replay
 from adapterlab.linear import few_rows
 from adapterlab.methods import rank_of
 from adapterlab.notices import warn
+from adapterlab.quantization import computing_dtype
 from adapterlab.quiet import silence_known_noise
 from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
 from adapterlab.sampling import Row, Sampler, make_decoder
@@ -80,7 +81,7 @@ def run_comparison(run: Run) -> Comparison:
             parts.extend(made)
     order = {column.label: place for place, column in enumerate(run.columns)}
     parts.sort(key=lambda g: (g.prompt_index, order[g.column]))
-    dtype = str(run.adapters.model.dtype)
+    dtype = computing_dtype(run.adapters.model)
     parts = mark_differences(parts, run.about["quantization"], dtype, run.settings.temperature)
     return Comparison(
         prompts=[prompt.given for prompt in run.prompts],

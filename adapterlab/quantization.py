@@ -72,6 +72,16 @@ def quantization_of(model: PreTrainedModel) -> str | None:
     return None if name == "gguf" else name  # GGUF weights are dequantized while they are read
 
 
+def computing_dtype(model: PreTrainedModel) -> str:
+    """The narrowest dtype that a forward goes through: the model's own, or what its 4-bit layers multiply in."""
+    import torch
+
+    inner = None
+    if quantization_of(model) == "4bit":
+        inner = getattr(model.config.quantization_config, "bnb_4bit_compute_dtype", None)
+    return str(max((model.dtype, inner or model.dtype), key=lambda dtype: torch.finfo(dtype).eps))
+
+
 def keep_4bit_unpacked(model: nn.Module) -> None:
     """Forbid bitsandbytes to repack the model's 4-bit weights on a CPU; call it before the first forward.
 

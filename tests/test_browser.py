@@ -58,7 +58,7 @@ def panel(page: Page) -> Locator:
     first = panels(page).first
     first.get_by_label("New tokens").fill(str(TOKENS))
     for name in ALL:
-        first.get_by_label(name, exact=True).set_checked(True)
+        first.get_by_role("checkbox", name=name, exact=True).set_checked(True)
     return first
 
 
@@ -130,7 +130,7 @@ def test_each_column_names_the_weights_that_spoke(panel: Locator) -> None:
 
 
 def test_an_unticked_row_has_no_column(panel: Locator) -> None:
-    panel.get_by_label("robot", exact=True).uncheck()
+    panel.get_by_role("checkbox", name="robot", exact=True).uncheck()
     generate(panel)
     assert headings(panel) == ["base", "pirate"]
 

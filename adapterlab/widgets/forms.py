@@ -178,7 +178,7 @@ class BlendForm:
     @staticmethod
     def _number(name: str) -> w.BoundedFloatText:
         number = w.BoundedFloatText(value=0.5, min=0.0, max=2.0, step=0.05)
-        number.description = label_text(name)
+        number.description = label_text(f"{name} ×")
         set_tooltip(number, f"How strongly {name} acts in the blend; 0 leaves it out")
         return classes(number, "alab-part")
 
