@@ -160,9 +160,9 @@ class Adapters:
         column = self.column(value)
         self.impose()
         before = self.mounts.column
-        self.mounts.mount(column)
         self._depth += 1
         try:
+            self.mounts.mount(column)
             yield self.model
         finally:
             self._depth -= 1

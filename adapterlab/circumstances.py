@@ -31,6 +31,7 @@ class Keys:
     configs: Mapping[str, str]  # of the adapters: on these, methods that run in turn may hang
     model: str  # config and modules of the base, where and how it computes
     decoding: str  # settings, special tokens, tokenizer
+    tokens: str  # special tokens alone: with which a decoder starts
 
     @classmethod
     def of(
@@ -54,6 +55,7 @@ class Keys:
             configs={name: repr(adapters.mounts.adapters[name].config) for name in digests},
             model=_digest(modules, repr(model.config.to_dict()), _circumstances(model)),
             decoding=_digest(repr(asked), repr(tokens), _tokenizer(tokenizer)),
+            tokens=_digest(repr(tokens)),
         )
 
     def generation(self, column: Column, prompt_ids: Iterable[int]) -> str:
@@ -63,7 +65,7 @@ class Keys:
 
     def first_logits(self, prompt_ids: Iterable[int]) -> str:
         """The name of the base's unprocessed logits after the prompt."""
-        return _digest("first logits", self.base, self.model, repr(tuple(prompt_ids)))
+        return _digest("first logits", self.base, self.model, self.tokens, repr(tuple(prompt_ids)))
 
     def weights(self, column: Column) -> str:
         """The digest that an answer of `column` must carry."""

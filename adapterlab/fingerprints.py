@@ -84,6 +84,11 @@ def base_digest(model: nn.Module) -> str:
     )
 
 
+def no_ones_digest(digest: str) -> str:
+    """A digest that no weights have, for what ran while they changed from those of `digest`."""
+    return hashlib.blake2b(f"changed from {digest}".encode(), digest_size=16).hexdigest()
+
+
 def walk_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module once, by its path, as `named_modules` gives them but in a fraction of the time."""
     found: dict[int, tuple[str, nn.Module]] = {}

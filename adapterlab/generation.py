@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from adapterlab.circumstances import Keys
 from adapterlab.columns import Column
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
-from adapterlab.fingerprints import adapter_digest, base_digest, column_digest
+from adapterlab.fingerprints import adapter_digest, base_digest, column_digest, no_ones_digest
 from adapterlab.finished import FinishedColumns, keep, recall, replay
 from adapterlab.linear import few_rows
 from adapterlab.methods import rank_of
@@ -155,15 +155,24 @@ def _most_rows(run: Run, indices: Sequence[int]) -> int:
 
 
 def _prompt_batches(run: Run, indices: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """These prompts, at most so many to a batch.
+    """These prompts, at most so many to a batch; only those of one length share it where padding would be read as text.
 
-    Processors such as repetition_penalty would read padding as text: with them, only prompts of one length share a batch.
+    So it would by processors such as repetition_penalty, by layers that carry a state from position to position, and by
+    a forced first token, which is for prompts of one token.
     """
+    alone = bool(READ_THE_TEXT & set(run.settings.extra)) or _reads_padding(run.adapters.model)
     buckets: dict[int, list[int]] = {}
     for index in indices:
         length = len(run.prompts[index].ids)
-        buckets.setdefault(length if READ_THE_TEXT & set(run.settings.extra) else 0, []).append(index)
+        buckets.setdefault(length if alone else 0, []).append(index)
     return [tuple(b[i : i + most]) for b in buckets.values() for i in range(0, len(b), most)]
+
+
+def _reads_padding(model: Any) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
+    forced = model.generation_config.forced_bos_token_id is not None and not model.config.is_encoder_decoder
+    return bool(getattr(model, "_is_stateful", False)) or "linear_attention" in kinds or forced
 
 
 def run_group(run: Run, group: Group, base: str) -> list[Generation]:
@@ -220,7 +229,22 @@ def _decode_batch(run: Run, group: Group, rows: list[Row], base: str) -> tuple[d
         layout = Rows(mounts, group.columns, len(prompts), lengths, base, run.digests)
         with layout.mounted(mounts):
             proofs = {c: Proof(*layout.proof(i, mounts)) for i, c in enumerate(group.columns)}
-            return proofs, _decode(run, prompts * len(group.columns), rows, layout)
+            started = _decode(run, prompts * len(group.columns), rows, layout)
+        return _still_true(run, proofs, base), started
+
+
+def _still_true(run: Run, proofs: dict[Column, Proof], base: str) -> dict[Column, Proof]:
+    """The same, but for columns whose weights somebody changed while they ran: their digest is nobody's."""
+    names = dict.fromkeys(name for column in proofs for name in column.names)
+    now = run.adapters.refresh(names)
+    changed = {name for name in names if now[name] != run.digests[name]}
+    all_changed = base_digest(run.adapters.model) != base
+    return {
+        column: replace(proof, digest=no_ones_digest(proof.digest))
+        if all_changed or changed & set(column.names)
+        else proof
+        for column, proof in proofs.items()
+    }
 
 
 def _generation(
@@ -403,9 +427,9 @@ def decoder_start(model: Any) -> int:
 def eval_mode(model: Any) -> Iterator[None]:
     """Dropout off; every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:
@@ -425,8 +449,9 @@ def neutral_generation_config(model: Any, tokenizer: Any) -> Iterator[None]:
         eos = tokens["eos_token_id"] or tokenizer.eos_token_id
         fallback = eos[0] if isinstance(eos, list) else eos
         tokens["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
-    model.generation_config = GenerationConfig(**{name: value for name, value in tokens.items() if value is not None})
+    neutral = GenerationConfig(**{name: value for name, value in tokens.items() if value is not None})
     try:
+        model.generation_config = neutral
         yield
     finally:
         model.generation_config = given

@@ -122,10 +122,10 @@ def few_rows(model: nn.Module) -> Iterator[None]:
         and module.weight.dtype == torch.float32
         and module.weight.numel() >= _LARGE
     ]
-    for module in chosen:
-        module.forward = FewRows(module)  # type: ignore[method-assign, assignment]
     try:
+        for module in chosen:
+            module.forward = FewRows(module)  # type: ignore[method-assign, assignment]
         yield
     finally:
         for module in chosen:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)

@@ -133,8 +133,9 @@ class Mounts:
 
     def mount(self, column: Column) -> None:
         """Make `column` act on the model's next forward. The work grows with the layers swapped, not with the adapters."""
-        placed = self._layers_for(column)
-        for path in self._placed:
+        placed, before = self._layers_for(column), self._placed
+        self._placed = {**before, **placed}  # an interrupt on the way leaves it so, and `drift` sees what is missing
+        for path in before:
             if path not in placed:
                 site = self.sites[path]
                 site.parent._modules[site.child] = site.original
@@ -197,11 +198,12 @@ class Mounts:
             single = next(iter(expected))
             if self.model.peft_config[single] is not self.adapters[single].config:
                 said.append(f"another adapter was loaded under the name {single!r}, over its weights")
-        for path, layer in self._placed.items():
-            site = self.sites[path]
+        for path, site in self.sites.items():
             here: Any = site.parent._modules.get(site.child)
-            if here is not layer:
+            if here is not self._placed.get(path, site.original):
                 said.append(f"{path} was replaced")
+            elif here is site.original:
+                continue
             elif getattr(here, "merged", False):
                 said.append(f"{path} was merged")
             elif (active := getattr(here, "active_adapters", None)) is not None and list(active) != [

@@ -159,11 +159,23 @@ def _find_all(module: Any, prefix: str, found: list[Slot], steps: list[Step]) ->
             _find_all(child, f"{prefix}{key}.", found, steps)
 
 
-def _numbers(own: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-    """What acts in a layer beside its tensors: the scaling, and whether IA3 scales what comes in or what goes out."""
+def _numbers(own: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """What acts in a layer beside its tensors: the scaling, and whether IA3 scales what comes in or what goes out; for
+    methods that the equation does not know, whatever the layer keeps for the adapter in plain dicts."""
+    if "lora_A" not in own["_modules"] and "ia3_l" not in own["_modules"]:
+        kept = [(k, v[name]) for k, v in sorted(own.items()) if type(v) is dict and k[0] != "_" and name in v]
+        return tuple((key, content(value)) for key, value in kept)
     scalings = own.get("scaling")
     scaling = scalings.get(name) if isinstance(scalings, dict) else None
     return scaling if isinstance(scaling, float) else repr(scaling), own.get("is_feedforward")
+
+
+def content(value: Any) -> str:
+    """A tensor by what is in it, anything else as it is written."""
+    import torch
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(values(value)) if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _by_column(label: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,8 +64,12 @@ class Layout(Protocol):
     def keep(self, done: Sequence[bool]) -> list[int] | None: ...
 
 
-def choose(scores: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
-    """Tokens and leads for `scores` (rows, vocabulary), fp32, processors applied; rows of one prompt share their noise."""
+def choose(scores: Tensor, rows: Sequence[Row], logits: Tensor | None = None) -> tuple[list[int], list[float]]:
+    """Tokens and leads for `scores` (rows, vocabulary), fp32, processors applied; rows of one prompt share their noise.
+
+    Where top-k or top-p has left one token, its lead is over what they have put aside, by `logits`: rounding may have
+    decided who stays.
+    """
     import torch
 
     drawn: dict[tuple[Sampler, int], Tensor] = {}
@@ -78,7 +82,15 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]
     best = torch.topk(scores, min(2, scores.shape[-1])).values
     leads = (best[:, 0] - best[:, -1]).tolist() if best.shape[-1] > 1 else [float("inf")] * len(rows)
     # argmax, not topk's index: among exactly equal scores transformers' greedy search takes argmax's choice.
-    return scores.argmax(-1).tolist(), leads
+    tokens = scores.argmax(-1).tolist()
+    for i in range(len(rows) if logits is not None else 0):
+        if leads[i] == float("inf"):
+            assert logits is not None  # the range would be empty
+            others = logits[i].clone()
+            others[tokens[i]] = -float("inf")
+            lead = float(logits[i, tokens[i]] - others.max()) / (rows[i].sampler.temperature or 1.0)
+            leads[i] = max(lead, 0.0)
+    return tokens, leads
 
 
 def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None = None) -> Callable[..., Tensor]:
@@ -114,7 +126,7 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
             )
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             del outputs
-            tokens, leads = choose(logits_processor(input_ids, logits.clone()), live)
+            tokens, leads = choose(logits_processor(input_ids, logits.clone()), live, logits)
             picked = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
             logprobs = (picked - logits.logsumexp(-1)).tolist()
             input_ids = torch.cat([input_ids, input_ids.new_tensor(tokens)[:, None]], dim=-1)
@@ -136,7 +148,8 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
             done = [bool(row.finish_reason) for row in live]
             if all(done):
                 return input_ids
-            keep = layout.keep(done) if layout is not None and any(done) and _can_shrink(model_kwargs) else None
+            leaving = layout is not None and any(done) and _can_shrink(model_kwargs, logits_processor)
+            keep = layout.keep(done) if layout is not None and leaving else None
             if keep is not None:
                 live = [live[i] for i in keep]
                 input_ids, model_kwargs = _select(input_ids, model_kwargs, keep)
@@ -153,8 +166,11 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
     return decode
 
 
-def _can_shrink(model_kwargs: dict[str, Any]) -> bool:
-    """Whether rows can leave the model's cache: transformers' layers for linear attention keep states of all rows."""
+def _can_shrink(model_kwargs: dict[str, Any], processors: Iterable[Any]) -> bool:
+    """Whether rows can leave: transformers' layers for linear attention keep states of all rows, and the processors that
+    compare with the prompts keep all prompts."""
+    if any(hasattr(one, "encoder_input_ids") or hasattr(one, "generated_ngrams") for one in processors):
+        return False
     caches = [model_kwargs.get(name) for name in ("past_key_values", "cache_params")]
     caches += [getattr(cache, "self_attention_cache", None) for cache in caches]
     layers = [layer for cache in caches for layer in getattr(cache, "layers", ())]

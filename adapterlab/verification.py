@@ -69,7 +69,7 @@ def _verify_one(
     errors = [abs(a - b) for a, b in zip(logprobs, generation.logprobs)]
     error = max(errors, default=0.0)
     limit = TOLERANCE.get(dtype, HALF_TOLERANCE)
-    tokens_agree = len(logprobs) == len(generation.logprobs) and error <= limit
+    tokens_agree = len(logprobs) == len(generation.logprobs) and all(e <= limit for e in errors)  # no NaN is
     if not tokens_agree:
         where = next((i for i, e in enumerate(errors) if not e <= limit), 0)
         notes.append(f"from token {where} on, plain PEFT gives other probabilities")

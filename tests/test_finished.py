@@ -519,3 +519,57 @@ def test_rows_that_read_other_tensors_are_not_kept(full_lab: AdapterLab, monkeyp
     again = full_lab.compare(PROMPT, [None, "pirate", "wide"], max_new_tokens=4)
     assert not any(g.cached for g in again.generations)
     assert answers(again) == answers(honest)
+
+
+# ----- what a review found -----
+
+
+def test_weights_edited_while_a_batch_runs_speak_under_nobodys_name(full_lab: AdapterLab) -> None:
+    weight = pirates_layer(full_lab).lora_B["pirate"].weight
+    before = weight.detach().clone()
+
+    def edit(event: TokenEvent) -> None:
+        if event.position == 0 and event.column == "pirate":
+            with torch.no_grad():
+                weight.mul_(-8)
+
+    cut = full_lab.compare(PROMPT, [None, "pirate"], max_new_tokens=6, on_token=edit)
+    with torch.no_grad():
+        weight.copy_(before)
+    again = full_lab.compare(PROMPT, [None, "pirate"], max_new_tokens=6)
+    assert cached(again) == {"base": True, "pirate": False}
+    assert cut["pirate"].weights_digest != again["pirate"].weights_digest
+    full_lab.clear_cache()
+    assert answers(full_lab.compare(PROMPT, [None, "pirate"], max_new_tokens=6)) == answers(again)
+
+
+def test_the_shift_is_against_a_base_that_starts_alike(tmp_path: Path) -> None:
+    lab = AdapterLab(standins.tiny_t5(), tokenizer=standins.tiny_tokenizer(seq2seq=True))
+    lab.add_adapter("lora", "a", r=4, target_modules=["q", "v"], init_lora_weights=False)
+    lab.compare(PROMPT, [None], max_new_tokens=2)
+    lab.model.generation_config.decoder_start_token_id = 5
+    mine = lab.compare(PROMPT, ["a"], max_new_tokens=2)["a"].logit_shift
+    lab.clear_cache()
+    assert mine == pytest.approx(lab.compare(PROMPT, [None, "a"], max_new_tokens=2)["a"].logit_shift, rel=1e-3)
+
+
+@pytest.mark.parametrize(("method", "kept"), [("fourierft", "fourierft_scaling"), ("waveft", "waveft_scaling")])
+def test_what_other_methods_keep_in_plain_dicts_is_content_too(lab: AdapterLab, method: str, kept: str) -> None:
+    lab.add_adapter(method, "f", target_modules=["q_proj", "v_proj"], n_frequency=50)
+    layers = lab._adapters.mounts.adapters["f"].layers.values()
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+    first = lab.compare(PROMPT, [None, "f"], max_new_tokens=6)
+    assert full_rerun(lab)["f"].cached
+    for layer in layers:
+        getattr(layer, kept)["f"] *= -3
+    again = full_rerun(lab)
+    assert cached(again) == {"base": True, "f": False}
+    assert again["f"].weights_digest != first["f"].weights_digest
+
+
+def full_rerun(lab: AdapterLab) -> Comparison:
+    return lab.compare(PROMPT, [None, "f"], max_new_tokens=6)

@@ -168,3 +168,46 @@ def test_8bit_rows_share_a_batch_only_at_threshold_0(tmp_path: Path) -> None:
     sound = AdapterLab(folder, quantization="8bit", dtype=torch.float32)
     sound.add_adapter("lora", "a", init_lora_weights=False)
     assert sound.compare("Hello", max_new_tokens=2)["a"].batched
+
+
+@pytest.mark.parametrize("extra", [{"encoder_repetition_penalty": 1.5}, {"encoder_no_repeat_ngram_size": 2}])
+def test_processors_that_keep_all_prompts_keep_all_rows(full_lab: AdapterLab, extra: dict[str, Any]) -> None:
+    columns = [None, "pirate", "wide"]
+    early = full_lab.compare("Hello there", columns, max_new_tokens=8)["pirate"].token_ids[2]
+    settings = {"max_new_tokens": 8, "eos_token_id": early, **extra}
+    together = full_lab.compare("Hello there", columns, **settings)
+    full_lab.clear_cache()
+    alone = [full_lab.compare("Hello there", [column], **settings).generations[0] for column in columns]
+    assert [g.token_ids for g in together.generations] == [g.token_ids for g in alone]
+
+
+@pytest.mark.parametrize("kind", ["linear attention", "recurrence", "a forced first token"])
+def test_prompts_of_other_lengths_never_change_a_text_that_reads_padding(kind: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    if kind == "linear attention":
+        kinds = ["linear_attention", "full_attention"]
+        config: Any = transformers.MiniMaxConfig(
+            **standins._token_ids(),
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=2,
+            layer_types=kinds,
+            block_size=4,
+        )
+        model: Any = standins._randomised(transformers.MiniMaxForCausalLM, config, 0)
+    elif kind == "recurrence":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64}
+        config = transformers.RwkvConfig(**standins._token_ids(), **sizes, context_length=128)
+        model = standins._randomised(transformers.RwkvForCausalLM, config, 0)
+    else:
+        model = standins.tiny_llama()
+        model.generation_config.forced_bos_token_id = 77
+    lab = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    prompts = ["a b c d e f g h i j k", "hello there", "x"]
+    together = lab.compare(prompts, [None], max_new_tokens=6)
+    lab.clear_cache()
+    alone = [lab.compare(prompt, [None], max_new_tokens=6).generations[0] for prompt in prompts]
+    assert [g.token_ids for g in together.generations] == [g.token_ids for g in alone]

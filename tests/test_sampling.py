@@ -175,3 +175,12 @@ def test_an_interrupt_leaves_everything_as_it_was(full_lab: AdapterLab, error: t
     assert all(module.training for module in full_lab.model.modules())
     assert full_lab.model.generation_config is config
     assert full_lab.history == []
+
+
+def test_where_one_token_is_left_its_lead_is_over_those_put_aside() -> None:
+    """top-k or top-p leaves one of two equal tokens: rounding decided which, and that is no firm lead."""
+    logits = torch.tensor([[1.0, 1.0 + 1e-6, -3.0], [5.0, 1.0, 0.0]])
+    scores = torch.tensor([[-torch.inf, 2.0, -torch.inf], [10.0, -torch.inf, -torch.inf]])
+    tokens, leads = choose(scores, rows_for(0.5, [0, 1]), logits)
+    assert tokens == [1, 0]
+    assert leads == pytest.approx([2e-6, 8.0], abs=1e-6)
