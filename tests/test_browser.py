@@ -216,7 +216,7 @@ def test_the_code_that_is_shown_does_the_same(panel: Locator) -> None:
     panel.get_by_label("Seed").fill("5")
     generate(panel)
     button(panel, "▸ Show code").click()
-    code = panel.locator(".alab-code pre").first.inner_text()
+    code = panel.locator(".alab-results .alab-code pre").inner_text()
     assert "temperature=0.9" in code
     assert "seed=5" in code
     shown = card_texts(panel)
