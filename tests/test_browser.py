@@ -444,7 +444,7 @@ class TestForeground:
     def test_generate_streams_and_ends(self, front: Locator) -> None:
         generate(front)
         assert card_texts(front) == json_from_kernel(front.page, "", LAST)
-        assert front.locator(".alab-notice-box").count() == 0
+        front.locator(".alab-notice-box").wait_for(state="detached")
 
     def test_enter_asks_what_was_typed_just_before(self, front: Locator) -> None:
         before = json_from_kernel(front.page, "", COUNT)

@@ -88,9 +88,9 @@ class Worker:
             state.notice = Notice.from_error(error)
         finally:
             with state.lock:
-                state.busy = ""
                 if state.notice is not None and state.notice.passing:
                     state.notice = None
+                state.busy = ""
 
 
 def _lower(text: str) -> str:
