@@ -931,6 +931,13 @@ class TestShowCode:
         assert panel.results.history.value == 0
         assert dict(map(reversed, panel.results.history.options))[0].startswith("1 · q0")  # type: ignore[arg-type]
 
+    def test_what_has_left_the_history_can_still_be_drawn(self, panel: Panel, lab: FakeLab) -> None:
+        lab.compare("Gone?", [None], on_token=lambda event: None)
+        panel.state.history = ()  # as between two steps of taking over a history that somebody has cleared
+        panel.state.marks = "none"
+        assert "Gone?" in panel.columns.title.value
+        assert "data-shown" not in panel.columns.title.value
+
     def test_the_sampling_of_what_is_shown_is_said(self, panel: Panel, lab: FakeLab) -> None:
         panel.prompt.sampling.temperature.value = 0.7
         panel.prompt.generate.click()

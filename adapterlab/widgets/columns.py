@@ -179,8 +179,9 @@ class ColumnsView:
             if shown is None:
                 self.title.value = ""
             else:
-                settings = sampling_words(shown.comparison.settings)
-                self._set_title(shown.prompt, settings, self._state.history.index(shown) + 1)
+                history = self._state.history
+                number = history.index(shown) + 1 if shown in history else None  # somebody may have cleared it
+                self._set_title(shown.prompt, sampling_words(shown.comparison.settings), number)
                 if arrange:
                     columns = [Column(generation.asked) for generation in found.values()]
                     if self._state.hidden:  # one of earlier whose names are still to be revealed
