@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.errors import AdapterLabError
 
 if TYPE_CHECKING:
+    from adapterlab.adalora import AdaLoraCallback
     from adapterlab.columns import Column
     from adapterlab.comparison import Comparison, Generation, TokenEvent
     from adapterlab.lab import AdapterLab
     from adapterlab.notices import AdapterLabWarning
     from adapterlab.preflight import Preflight
     from adapterlab.records import AdapterInfo
+    from adapterlab.runs import TrainingRun
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaLoraCallback": "adalora",
     "AdapterInfo": "records",
     "AdapterLab": "lab",
     "AdapterLabWarning": "notices",
@@ -29,9 +32,11 @@ _HOMES = {
     "Generation": "comparison",
     "Preflight": "preflight",
     "TokenEvent": "comparison",
+    "TrainingRun": "runs",
 }
 
 __all__ = [
+    "AdaLoraCallback",
     "AdapterInfo",
     "AdapterLab",
     "AdapterLabError",
@@ -41,6 +46,7 @@ __all__ = [
     "Generation",
     "Preflight",
     "TokenEvent",
+    "TrainingRun",
     "__version__",
 ]
 

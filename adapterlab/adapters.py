@@ -170,6 +170,25 @@ class Adapters:
                 self.mounts.repair()
             self.mounts.mount(before)
 
+    @contextlib.contextmanager
+    def training(self, name: str) -> Iterator[Any]:
+        """The model with `name` mounted and requiring gradients, in float32, base and other adapters frozen; afterwards
+        all but its weights is as it was, and what it learned is what it is."""
+        from adapterlab.sessions import float32, kept
+
+        self.known(name)
+        self.impose()
+        before = self.trainable
+        self._make_trainable(name)
+        try:
+            mounted = self.mounts.adapters[name]
+            with self.using(name) as model, kept(model), float32(mounted.layers.values(), mounted.trainable):
+                self._impose_gradients()
+                yield model
+        finally:
+            self._make_trainable(before)
+            self.impose()
+
     def _impose_gradients(self) -> None:
         for name, mounted in self.mounts.adapters.items():
             wanted = name == self.trainable
@@ -254,6 +273,17 @@ class Adapters:
         self.records[name] = Record("added here", digest, is_noop(mounted, name), digest, initial=digest)
         self._make_trainable(name)
         self.select(name)
+
+    def add_unselected(self, config_or_method: Any, name: str, seed: int, fields: dict[str, Any]) -> None:
+        """Add a fresh adapter whose numbers are drawn from `seed`, and leave selection, enabled and trainable as they were."""
+        from transformers import set_seed
+
+        selection, enabled, trainable = self.selection, self.enabled, self.trainable
+        set_seed(seed)
+        self.add(config_or_method, name, **fields)
+        self.selection, self.enabled = selection, enabled
+        self._make_trainable(trainable)
+        self.impose()
 
     def delete(self, name: str) -> int:
         """Delete the adapter and give the bytes that its tensors held. If it was in the selection, base acts next."""
@@ -380,6 +410,7 @@ class Adapters:
             multiplier_obstacle=next(
                 (why for layer in mounted.layers.values() if (why := blend_obstacle(layer, name))), ""
             ),
+            runs=tuple(record.runs),
         )
 
     def refresh(self, names: Any = None) -> dict[str, str]:

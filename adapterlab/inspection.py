@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from adapterlab.adapters import Adapters
+    from adapterlab.mounts import Mounted
 
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -189,3 +190,34 @@ def summary_html(status: str, frame: pd.DataFrame) -> str:
     shown["r"] = ["–" if missing else str(value) for value, missing in zip(frame["r"], frame["r"].isna())]
     table = shown.to_html(index=False, escape=True) if len(frame) else "<p>No adapters yet.</p>"
     return f"<p><b>{escape(status)}</b></p>{table}"
+
+
+def ranks_frame_of(mounted: Mounted, name: str) -> pd.DataFrame:
+    """The ranks that AdaLoRA has left: one row per adapted layer: layer, module, rank, init_r.
+
+    rank: the triplets whose λ is not zero; all that are there as long as every λ of the adapter is zero, as in a fresh one.
+    layer: missing where the path has no number. init_r: what the config started with, also after a file that keeps pruned
+    triplets out. Reads λ and nothing else. Raises `AdapterLabError` for a method that allocates no ranks.
+    """
+    import pandas as pd
+
+    from adapterlab.errors import AdapterLabError
+    from adapterlab.layers import layer_and_module
+    from adapterlab.methods import method_label
+
+    triplets: dict[str, Any] = {path: getattr(layer, "lora_E", {}) for path, layer in mounted.layers.items()}
+    scales = {path: scale[name].detach() for path, scale in triplets.items() if name in scale}
+    if not scales:
+        method = method_label(str(getattr(mounted.config.peft_type, "value", mounted.config.peft_type)))
+        raise AdapterLabError(
+            f"{name!r} is of the method {method}, which allocates no ranks: only AdaLoRA has ranks by layer to show."
+        )
+    kept = [int((scale != 0).sum()) for scale in scales.values()]
+    if not any(kept):
+        kept = [scale.numel() for scale in scales.values()]
+    config: Any = mounted.config
+    rows = [
+        {"layer": layer, "module": module, "rank": rank, "init_r": config.init_r}
+        for (layer, module), rank in zip(layer_and_module(list(scales)), kept)
+    ]
+    return pd.DataFrame(rows, columns=["layer", "module", "rank", "init_r"]).astype({"layer": "Int64"})

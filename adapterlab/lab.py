@@ -20,15 +20,18 @@ from adapterlab.errors import AdapterLabError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from huggingface_hub import ModelCard
     from ipywidgets import Widget
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from adapterlab.preflight import Preflight
     from adapterlab.prompts import PromptLike
     from adapterlab.records import AdapterInfo
+    from adapterlab.runs import TrainingRun
+    from adapterlab.trainer import AdapterTrainer, Session
 
 _MARK = "_adapterlab"  # on the model: whose lab it is in
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,6 +101,7 @@ class AdapterLab:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._running: int | None = None  # the thread that runs a comparison
+        self._training: str | None = None  # the adapter that learns now
         self._listeners: list[Listener] = []
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self.history: list[Comparison] = []
@@ -310,6 +314,61 @@ class AdapterLab:
         return written
 
     @_exclusive
+    def model_card(self, adapter_name: str, repo_id: str | None = None) -> ModelCard:
+        """What others should know of an adapter, as a `huggingface_hub.ModelCard`: `str(card)` is the Markdown,
+        `card.save("README.md")` writes it.
+
+        What it is for and made of, its size, how it was trained in this lab and what it scored, for AdaLoRA where its ranks
+        are, and how to load it from `repo_id` (without one, the adapter's name stands there, and that it has to be
+        replaced). No local path is in it. The picture of an AdaLoRA adapter's ranks, `ranks.png`, has to lie beside it:
+        `push_adapter_to_hub` does that, and `lab.plot_ranks(name).savefig("ranks.png")`. Changes nothing.
+        """
+        from adapterlab import publishing
+
+        if repo_id is not None:
+            publishing.check_repo_id(repo_id)
+        return publishing.make_card(self._adapters, self._adapters.known(adapter_name), self._about(), repo_id)
+
+    def push_adapter_to_hub(
+        self,
+        adapter_name: str,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Put one adapter on the Hub, as plain PEFT does and with its `model_card`, in one commit; gives its address.
+
+        The repository is made if it is not there: `private` is about that, and an old one stays as it is. So does its
+        branch `revision`. `adapter_config.json`, `adapter_model.safetensors` and README.md are replaced there, the last one
+        too if somebody wrote it by hand (it stays in the repository's history); other files are left. Where the base is a
+        local model, its folder's name alone is published.
+
+        Afterwards the adapter counts as saved; nothing else changes. While the files are sent, the lab can be used. Raises
+        `AdapterLabError` if they could not be sent, and warns if others will have no use of them.
+        """
+        from tempfile import TemporaryDirectory
+
+        from adapterlab import publishing
+
+        publishing.check_repo_id(repo_id)
+        publishing.check_online()
+        with TemporaryDirectory(prefix="adapterlab-") as scratch:
+            with self._lock:
+                self._check_open()
+                self._check_no_run()
+                name = self._adapters.known(adapter_name)
+                package = publishing.pack(self._adapters, name, self._about(), repo_id, Path(scratch))
+            address = publishing.push(package, private=private, token=token, message=commit_message, revision=revision)
+        with self._lock:
+            if not self._closed and package.is_still(self._adapters):
+                self._adapters.note_saved(name)
+                self._tell("adapters")
+        return address
+
+    @_exclusive
     def check_adapter(
         self,
         repo_or_path: str | os.PathLike[str],
@@ -446,7 +505,8 @@ class AdapterLab:
         wanted = self._adapters.columns(columns)
         prompts = render_prompts(self._tokenizer, prompt, chat)
         check_context(self._adapters.model, prompts, settings)
-        self._stop.clear()
+        if self._training is None:  # inside a callback of a training, Stop is for that too
+            self._stop.clear()
         with self._adapters.using(None):  # which imposes the lab's state, once
             run = Run(
                 adapters=self._adapters,
@@ -508,13 +568,14 @@ class AdapterLab:
         return self.history[-1] if self.history else None
 
     def stop(self) -> None:
-        """End a running generation within a token, from any thread; what was said so far is kept."""
+        """End a running generation within a token, or a training after the step at work, from any thread; what was said or
+        learned so far is kept."""
         self._stop.set()
 
     @property
     def running(self) -> bool:
-        """Whether a comparison runs now, in whatever thread."""
-        return self._running is not None
+        """Whether a comparison or a training runs now, in whatever thread."""
+        return self._running is not None or self._training is not None
 
     def is_free(self) -> bool:
         """Whether a call from this thread would begin at once: no other thread works with the lab."""
@@ -538,6 +599,151 @@ class AdapterLab:
                 f"{len(pending)} piece(s) of work still run after {timeout} s: lab.stop() ends generation."
             )
 
+    # -- train -------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        adapter_name: str,
+        dataset: Any,
+        *,
+        method: PeftConfig | str | None = None,
+        eval_dataset: Any = None,
+        max_steps: int | None = None,
+        learning_rate: float | None = None,
+        max_length: int | None = None,
+        **training_arguments: Any,
+    ) -> TrainingRun:
+        """Train one adapter on `dataset` with transformers' Trainer, and nothing else: base and other adapters keep every bit.
+
+        adapter_name: one that is there, or a new one with a `method` ("lora", "ia3", "adalora", …, whose config's fields
+            may stand beside: `r=8, target_modules=[…]`; or any `PeftConfig`). With a method and an adapter that was made
+            so, training goes on from where it is.
+        dataset: texts, (prompt, completion) pairs, chats (lists of messages), rows with such columns, a DataFrame, a
+            `datasets.Dataset`, or a .txt, .csv, .json or .jsonl file. Where the data has answers the loss is on the answers
+            only, and prompts go through the chat template where there is one.
+        eval_dataset: likewise, or a share of `dataset` to hold out, such as 0.1. Then the loss on it is measured before
+            the first step (which for a fresh adapter is the base's), along the way and at the end.
+        max_steps: default 100, or what num_train_epochs gives. learning_rate: default by method. max_length: cut rows that
+            have more tokens. training_arguments: everything that transformers' TrainingArguments take, and Trainer's own
+            `callbacks`, `compute_loss_func`, `optimizers`, …; with an output_dir and save_steps there are checkpoints, and
+            `resume_from_checkpoint` goes on from one.
+
+        AdaLoRA's ranks are allocated (see `AdaLoraCallback`). `lab.stop()` or one Ctrl-C ends it after the step at work, and
+        what was learned stays. A loss or gradient that is not finite, a disk that is full or a callback that fails raises;
+        what the steps before it taught stays too, and `lab.adapters[name].runs[-1]` tells of it. What was wrong from the
+        start raises `AdapterLabError` and changes nothing. Selection, enabled, trainable and mode are afterwards what they
+        were.
+        """
+        keywords = {"max_steps": max_steps, "learning_rate": learning_rate, **training_arguments}
+        with self._lock:
+            self._check_open()
+            self._adapters.check_idle()
+            return self._train(adapter_name, dataset, method, eval_dataset, max_length, keywords)
+
+    def trainer(
+        self,
+        adapter_name: str,
+        dataset: Any,
+        args: TrainingArguments | None = None,
+        *,
+        eval_dataset: Any = None,
+        max_length: int | None = None,
+        **keywords: Any,
+    ) -> AdapterTrainer:
+        """The `transformers.Trainer` that `train` would run, to steer yourself: `trainer.train()`, `.evaluate()`, ….
+
+        args: your own `TrainingArguments`, used as they are; without, they are made as in `train`, of `keywords` too.
+        While it trains, the adapter is mounted and the lab's state put back afterwards. Nothing is changed by this call.
+        """
+        from adapterlab import training
+
+        with self._lock:
+            self._check_open()
+            self._adapters.check_idle()
+            name = self._adapters.known(adapter_name)
+            wish = training.sort_keywords(keywords, set())
+            if args is not None and wish.arguments:
+                raise AdapterLabError(
+                    f"{', '.join(map(repr, wish.arguments))} given beside args: set them in your TrainingArguments."
+                )
+            seed = args.seed if args is not None else wish.arguments.get("seed", 42)
+            lessons = training.read_lessons(
+                self._adapters.model, self._tokenizer, dataset, eval_dataset, max_length, seed
+            )
+            if args is None:
+                folder = wish.arguments.pop("output_dir", "trainer_output")
+                method = self._adapters.info(name).method
+                args = training.make_arguments(wish.arguments, lessons, self._adapters.model, method, folder)
+            return training.make_trainer(self._session(name), lessons, args, self._tokenizer, wish.trainer)
+
+    def _train(
+        self, name: str, dataset: Any, method: Any, eval_dataset: Any, max_length: Any, keywords: dict[str, Any]
+    ) -> TrainingRun:
+        from tempfile import TemporaryDirectory
+
+        from adapterlab import training
+
+        adapters = self._adapters
+        new = name not in adapters.records
+        if new and method is None:
+            adapters.known(name)  # raises, with the names there are
+        wish = training.sort_keywords(keywords, training.config_fields(method))
+        if not new:
+            training.check_same(name, adapters.info(name).peft_config, method, wish.config)
+        lessons = training.read_lessons(
+            adapters.model, self._tokenizer, dataset, eval_dataset, max_length, wish.arguments.get("seed", 42)
+        )
+        with TemporaryDirectory(prefix="adapterlab-") as scratch:
+            kind = training.method_of(method) if new else adapters.info(name).method
+            args = training.make_arguments(wish.arguments, lessons, adapters.model, kind, scratch)
+            if new:
+                adapters.add_unselected(method, name, args.seed, wish.config)
+            try:
+                trainer = training.make_trainer(self._session(name), lessons, args, self._tokenizer, wish.trainer)
+                run, ended = training.run_training(trainer, lessons, wish.resume)
+            except BaseException:
+                if new:
+                    adapters.delete(name)
+                raise
+        if ended is not None and not run.steps:
+            if new:
+                adapters.delete(name)
+            raise ended
+        adapters.records[name].runs.append(run)
+        self._tell("adapters")
+        if ended is not None:
+            raise training.with_what_is_kept(ended, run)
+        return run
+
+    def _session(self, name: str) -> Session:
+        """This lab as a trainer sees it."""
+        from adapterlab.sessions import kept
+        from adapterlab.trainer import Session
+
+        @contextlib.contextmanager
+        def training() -> Iterator[PreTrainedModel]:
+            with self._lock:
+                self._check_open()
+                self._check_no_run()
+                self._adapters.check_idle()
+                self._stop.clear()
+                self._training = name
+                self._tell("running")
+                try:
+                    with self._adapters.training(name) as model:
+                        yield model
+                finally:
+                    self._training = None
+                    self._tell("running")
+                    self._tell("adapters")
+
+        @contextlib.contextmanager
+        def using() -> Iterator[PreTrainedModel]:
+            with self.using(name) as model, kept(model):
+                yield model
+
+        return Session(name, self._adapters, training, using, self._stop)
+
     # -- looking -----------------------------------------------------------------------------------------------
 
     def summary(self) -> pd.DataFrame:
@@ -560,6 +766,23 @@ class AdapterLab:
         from adapterlab.plots import plot_parameters
 
         return plot_parameters(self.parameters(), ax=ax).get_figure(root=True)  # type: ignore[return-value]
+
+    def ranks(self, adapter_name: str) -> pd.DataFrame:
+        """Where an AdaLoRA adapter's ranks are: one row per adapted layer: layer, module, rank (kept), init_r.
+
+        Raises `AdapterLabError` for a method that allocates no ranks. Reads λ alone, and waits for nobody.
+        """
+        from adapterlab.inspection import ranks_frame_of
+
+        self._check_open()
+        name = self._adapters.known(adapter_name)
+        return ranks_frame_of(self._adapters.mounts.adapters[name], name)
+
+    def plot_ranks(self, adapter_name: str, ax: Axes | None = None) -> Figure:
+        """`ranks(name)` as a heatmap of layers and modules. Draws into `ax` if given; the figure shows itself."""
+        from adapterlab.plots import plot_ranks
+
+        return plot_ranks(self.ranks(adapter_name), ax=ax).get_figure(root=True)  # type: ignore[return-value]
 
     def status(self) -> str:
         """The lab in one line of words: name, size, dtype, memory, device, and what acts now."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adapterlab.adapters import Adapters
     from adapterlab.hub import AdapterFiles
     from adapterlab.reading import AdapterReader
+    from adapterlab.runs import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class AdapterInfo:
 
     `status`: *untrained* (changes nothing), *random weights* (as it was drawn), *loaded* (as its file),
     *trained here* (changed in this lab and saved), *unsaved* (changed in this lab, on no disk).
+    `runs`: its trainings in this lab, oldest first.
     `multiplier_obstacle`: why multipliers other than 0 and 1, and blends, have no meaning for it; "" if they have.
     """
 
@@ -35,6 +37,7 @@ class AdapterInfo:
     status: str
     peft_config: PeftConfig = field(repr=False)
     multiplier_obstacle: str = field(default="", repr=False)
+    runs: tuple[TrainingRun, ...] = field(default=(), repr=False)
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Record:
     saved: str | None = None
     files: AdapterFiles | None = None
     file: str | None = None  # digest of the file it was loaded from
+    runs: list[TrainingRun] = field(default_factory=list, repr=False)
     reader: AdapterReader | None = field(default=None, repr=False, compare=False)  # made at the first refresh
 
     @property

@@ -25,19 +25,24 @@ def write_adapter(folder: Any, config: PeftConfig, state: dict[str, Any], base_p
     Keys are plain PEFT's, whatever else the lab holds. Raises `AdapterLabError` if the folder holds other things or
     can't be written; then what was there is still there.
     """
-    from safetensors.torch import save_file
-
     folder = checked_folder(folder, _OWN_FILES, "an adapter")
-    config.inference_mode = True
-    if not getattr(config, "base_model_name_or_path", None):
-        config.base_model_name_or_path = base_path
     with building(folder) as beside:
-        tensors = {key: value.contiguous().clone() for key, value in prefixed(state).items()}
-        save_file(tensors, str(beside / "adapter_model.safetensors"), metadata={"format": "pt"})
-        config.save_pretrained(str(beside))
+        write_files(beside, config, state, base_path)
         if (folder / "README.md").is_file():  # somebody's words about the adapter: they stay with it
             shutil.copy2(folder / "README.md", beside / "README.md")
     return folder
+
+
+def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_path: str) -> None:
+    """The two files of an adapter, into a folder that is there; `config` is marked as one to load."""
+    from safetensors.torch import save_file
+
+    config.inference_mode = True
+    if not getattr(config, "base_model_name_or_path", None):
+        config.base_model_name_or_path = base_path
+    tensors = {key: value.contiguous().clone() for key, value in prefixed(state).items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 @contextlib.contextmanager
