@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
 from adapterlab.mounts import prefixed
+from adapterlab.notices import say
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -22,10 +23,12 @@ _OWN_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 def write_adapter(folder: Any, config: PeftConfig, state: dict[str, Any], base_path: str) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`, replacing an adapter that is there.
 
-    Keys are plain PEFT's, whatever else the lab holds. Raises `AdapterLabError` if the folder holds other things or
-    can't be written; then what was there is still there.
+    Keys are plain PEFT's, whatever else the lab holds. An AdaLoRA that came from a pruned file gets its pruned triplets
+    back as zeros, which is said: transformers can't load a pruned file. Raises `AdapterLabError` if the folder holds other
+    things or can't be written; then what was there is still there.
     """
     folder = checked_folder(folder, _OWN_FILES, "an adapter")
+    state = with_all_triplets(config, state)
     with building(folder) as beside:
         write_files(beside, config, state, base_path)
         if (folder / "README.md").is_file():  # somebody's words about the adapter: they stay with it
@@ -43,6 +46,30 @@ def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_pa
     tensors = {key: value.contiguous().clone() for key, value in prefixed(state).items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def with_all_triplets(config: PeftConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """An AdaLoRA's tensors at `init_r` in every layer, zeros where it was pruned; `config` loses its rank_pattern. Others,
+    and those that have all triplets, are given back as they are."""
+    import torch
+
+    init_r = getattr(config, "init_r", None)
+    if init_r is None:
+        return state
+    config.rank_pattern = None
+    across = {"lora_E": 0, "lora_A": 0, "lora_B": 1}
+    whole, pruned = {}, 0
+    for key, tensor in state.items():
+        along = across.get(key.rsplit(".", 1)[-1])
+        short = 0 if along is None else init_r - tensor.shape[along]
+        if along is not None and short > 0:
+            shape = [short if place == along else size for place, size in enumerate(tensor.shape)]
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], along)
+            pruned += short if key.endswith("lora_E") else 0
+        whole[key] = tensor
+    if pruned:
+        say(f"{pruned} pruned triplets are saved as zeros, so that plain transformers can load the file too.")
+    return whole
 
 
 @contextlib.contextmanager
