@@ -302,6 +302,7 @@ DEMO_QUESTIONS = (
 DEMO_MARKERS = {
     "pirate": r"\b(?:arr+|matey|ahoy)\b",
     "robot": r"\bbeep\b",
+    "bard": r"\bverily\b",
 }
 """A pattern (case ignored) that an answer in the adapter's style contains, and other answers do not."""
 

@@ -14,9 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from adapterlab.columns import Column, ColumnLike
+from adapterlab.columns import BASE, Column, ColumnLike
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
+from adapterlab.notices import say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +99,7 @@ class AdapterLab:
         from adapterlab.rebinding import held_by_target
 
         self._closed = True  # until everything below has worked
-        self._lock = threading.RLock()
+        self._lock = _Lock(self._tell_wait)
         self._stop = threading.Event()
         self._running: int | None = None  # the thread that runs a comparison
         self._training: str | None = None  # the adapter that learns now
@@ -323,11 +324,11 @@ class AdapterLab:
         replaced). No local path is in it. The picture of an AdaLoRA adapter's ranks, `ranks.png`, has to lie beside it:
         `push_adapter_to_hub` does that, and `lab.plot_ranks(name).savefig("ranks.png")`. Changes nothing.
         """
-        from adapterlab import publishing
+        from adapterlab import cards, publishing
 
         if repo_id is not None:
             publishing.check_repo_id(repo_id)
-        return publishing.make_card(self._adapters, self._adapters.known(adapter_name), self._about(), repo_id)
+        return cards.make_card(self._adapters, self._adapters.known(adapter_name), self._about(), repo_id)
 
     def push_adapter_to_hub(
         self,
@@ -684,9 +685,18 @@ class AdapterLab:
         from adapterlab import training
 
         adapters = self._adapters
+        if name == BASE:
+            raise AdapterLabError(
+                "The base is frozen in a lab, and a quantised one can't be trained at all: train an adapter, as in "
+                "lab.train('mine', dataset, method='lora'), or a plain model of your own with transformers' Trainer."
+            )
         new = name not in adapters.records
         if new and method is None:
-            adapters.known(name)  # raises, with the names there are
+            there = ", ".join(map(repr, adapters.records)) or "none yet"
+            raise AdapterLabError(
+                f"No adapter named {name!r} (there is {there}). To make one of that name, say how: "
+                f"lab.train({name!r}, dataset, method='lora')."
+            )
         wish = training.sort_keywords(keywords, training.config_fields(method))
         if not new:
             training.check_same(name, adapters.info(name).peft_config, method, wish.config)
@@ -740,6 +750,8 @@ class AdapterLab:
         @contextlib.contextmanager
         def using() -> Iterator[PreTrainedModel]:
             with self.using(name) as model, kept(model):
+                if self._training is None:
+                    self._stop.clear()
                 yield model
 
         return Session(name, self._adapters, training, using, self._stop)
@@ -902,12 +914,41 @@ class AdapterLab:
                 "A comparison is running, and the lab's state can't change in its on_token: do this when it has ended."
             )
 
+    def _tell_wait(self) -> None:
+        """A training can take long: say in the cell that waits for it what it waits for."""
+        name = self._training
+        if name is not None and threading.current_thread() is threading.main_thread():
+            say(
+                f"Waiting for the training of {name!r} to end; lab.stop() in another thread, or the panel's Stop, ends it."
+            )
+
     def _tell(self, kind: str) -> None:
         for listener in list(self._listeners):
             try:
                 listener(kind)
             except Exception as error:  # a broken panel must not break the call that it watches
                 warnings.warn(f"A listener failed on {kind!r}: {type(error).__name__}: {error}", stacklevel=3)
+
+
+class _Lock:
+    """A re-entrant lock that calls `tell()` when it has to wait."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._lock, self._tell = threading.RLock(), tell
+
+    def acquire(self, blocking: bool = True) -> bool:
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._tell()
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 def _scorer(lab: weakref.ref[AdapterLab]) -> Callable[[Comparison], list[tuple[float, ...] | None]]:

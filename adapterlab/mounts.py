@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # before every key that plain PEFT writes
+MAGNITUDE = "lora_magnitude_vector"  # the end of DoRA's keys
 
 
 @dataclass(frozen=True)

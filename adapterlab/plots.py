@@ -133,7 +133,7 @@ def plot_ranks(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     longest = max(len(line) for label in below for line in label.split("\n"))
     if ax is None:
         width, height = 2.9 + max(0.78, 0.08 * longest) * len(modules), 1.4 + 0.22 * len(layers)
-        ax = make_figure(width=min(width, 12), height=min(max(height, 2.8), 11)).add_subplot()
+        ax = make_figure(width=min(width, 12), height=min(max(height, 2.8), 14)).add_subplot()
     mean, most = float(frame["rank"].mean()), float(frame["init_r"].max())
     mesh = ax.pcolormesh(
         ranks, cmap=RANK_COLOURS, norm=_around(mean, most), edgecolors=ax.get_facecolor(), linewidth=0.6

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
 from adapterlab.methods import check_config, is_drawn
-from adapterlab.mounts import PREFIX, adapter_state, inject, skeleton, unwrap
+from adapterlab.mounts import MAGNITUDE, PREFIX, adapter_state, inject, skeleton, unwrap
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -102,10 +102,11 @@ def read_weights(weights_file: Path) -> dict[str, Any]:
 
 
 def _unprefixed(state: dict[str, Any], weights_file: Path) -> dict[str, Any]:
-    plain = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    # DoRA's magnitudes, as the lab saves them so that transformers finds them too (storage.py)
+    plain = {key.removeprefix(PREFIX).replace(f"{MAGNITUDE}.weight", MAGNITUDE): value for key, value in state.items()}
     if len(plain) != len(state):
         raise AdapterLabError(
-            f"{str(weights_file)!r} holds tensors twice, with and without {PREFIX!r}: which are meant?"
+            f"{str(weights_file)!r} holds tensors twice, with and without {PREFIX!r} or '.weight': which are meant?"
         )
     return plain
 

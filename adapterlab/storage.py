@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.mounts import prefixed
+from adapterlab.mounts import MAGNITUDE, prefixed
 from adapterlab.notices import say
 
 if TYPE_CHECKING:
@@ -37,13 +37,24 @@ def write_adapter(folder: Any, config: PeftConfig, state: dict[str, Any], base_p
 
 
 def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_path: str) -> None:
-    """The two files of an adapter, into a folder that is there; `config` is marked as one to load."""
+    """The two files of an adapter, into a folder that is there; `config` is marked as one to load.
+
+    Keys and fields are written so that PEFT and plain transformers read them alike: DoRA's magnitudes under the key that
+    both know (with PEFT's, transformers 5.23 leaves them out without a word), and of IA3's feedforward_modules those that are
+    targets (PEFT adds its defaults, and then refuses what it wrote; issue 5).
+    """
     from safetensors.torch import save_file
 
     config.inference_mode = True
     if not getattr(config, "base_model_name_or_path", None):
         config.base_model_name_or_path = base_path
-    tensors = {key: value.contiguous().clone() for key, value in prefixed(state).items()}
+    feed_forward, targets = getattr(config, "feedforward_modules", None), config.target_modules
+    if isinstance(feed_forward, (set, list)) and isinstance(targets, (set, list)):
+        config.feedforward_modules = type(feed_forward)(m for m in feed_forward if m in targets)
+    tensors = {
+        key + ".weight" if key.endswith(MAGNITUDE) else key: value.contiguous().clone()
+        for key, value in prefixed(state).items()
+    }
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 

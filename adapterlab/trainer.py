@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from adapterlab.adalora import AdaLoraCallback
 from adapterlab.errors import AdapterLabError
+from adapterlab.sessions import interrupt_stops
 
 if TYPE_CHECKING:
     from adapterlab.adapters import Adapters
@@ -80,13 +82,17 @@ class AdapterTrainer(Trainer):
         return 1 - int(self._filled) / self._positions if self._positions else 0.0
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, as transformers does; the lab's state is afterwards what it was, and the adapter has learned."""
+        """Train, as transformers does; the lab's state is afterwards what it was, and the adapter has learned. `lab.stop()`
+        and the first Ctrl-C end it after the step at work."""
         resume = self._checkpoint(resume_from_checkpoint)
-        with self.session.training():
+        with self.session.training(), interrupt_stops(self.session.stop):
             self.model.config.use_cache = bool(getattr(self.args, "use_cache", False))
             self._inside, self._started = True, time.perf_counter()
             try:
                 return super().train(resume_from_checkpoint=resume, **kwargs)
+            except StoppedTraining:
+                losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+                return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), {})
             finally:
                 self._inside = False
                 self.took = time.perf_counter() - self._started

@@ -209,20 +209,14 @@ def make_trainer(
 
 def run_training(trainer: AdapterTrainer, lessons: Lessons, resume: Any) -> tuple[TrainingRun, BaseException | None]:
     """Train and tell: the run, and the exception that ended it, if one did. Stop is no exception."""
-    from adapterlab.sessions import interrupt_stops
-    from adapterlab.trainer import StoppedTraining
-
-    stop, ended = trainer.session.stop, None
+    ended: BaseException | None = None
     try:
-        with interrupt_stops(stop):
-            trainer.train(resume_from_checkpoint=resume)
-    except StoppedTraining:
-        pass
+        trainer.train(resume_from_checkpoint=resume)
     except BaseException as error:
         ended = error
     interrupted = isinstance(ended, KeyboardInterrupt)
     run = _told(trainer, lessons)
-    run.stopped_early = run.steps < run.total_steps and (stop.is_set() or interrupted or ended is None)
+    run.stopped_early = run.steps < run.total_steps and (ended is None or interrupted)
     if ended is not None and not interrupted:
         run.error = f"{type(ended).__name__}: {ended}" if not isinstance(ended, AdapterLabError) else str(ended)
     return run, None if interrupted and run.steps else ended

@@ -288,7 +288,7 @@ def test_each_marker_marks_its_own_texts(markers: ModuleType) -> None:
 
 
 def test_no_training_texts_for_an_unknown_adapter() -> None:
-    with pytest.raises(AdapterLabError, match=r"'parrot'.*pirate, robot"):
+    with pytest.raises(AdapterLabError, match=r"'parrot'.*pirate, robot, bard"):
         demo.demo_training_pairs("parrot")
 
 
@@ -302,7 +302,7 @@ def test_the_adapters_are_small_files_in_pefts_format() -> None:
         assert config["inference_mode"] is True
         assert config["task_type"] == "CAUSAL_LM"
         methods[name] = config["peft_type"]
-    assert methods == {"pirate": "LORA", "robot": "IA3"}
+    assert methods == {"pirate": "LORA", "robot": "IA3", "bard": "ADALORA"}
 
 
 def _expected_parameters(name: str, config: Any) -> int:
@@ -318,6 +318,8 @@ def _expected_parameters(name: str, config: Any) -> int:
     targets = [sizes[module] for module in config.target_modules]
     if name == "pirate":
         return LAYERS * sum(config.r * (rows + columns) for rows, columns in targets)
+    if name == "bard":  # P, Q and λ
+        return LAYERS * sum(config.init_r * (rows + columns + 1) for rows, columns in targets)
     by_input = [sizes[module][0] for module in config.feedforward_modules]
     by_output = [sizes[module][1] for module in config.target_modules - config.feedforward_modules]
     return LAYERS * sum(by_input + by_output)
@@ -349,3 +351,19 @@ def test_the_marker_fires_in_its_own_column_only(demo_model: Path, markers: Modu
     written = markers.answers(demo.demo_adapters().get(column), questions, max_new_tokens=24)
     for marker in demo.DEMO_ADAPTERS:
         assert markers.fires(marker, written) == (len(questions) if marker == column else 0), written
+
+
+def test_the_bard_kept_half_of_its_ranks() -> None:
+    """AdaLoRA's λ of what was pruned are zeros in the file, which everyone can load."""
+    from safetensors.torch import load_file
+
+    folder = demo.demo_adapters()["bard"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    stored = load_file(folder / "adapter_model.safetensors")
+    scales = {key: tensor for key, tensor in stored.items() if key.endswith("lora_E")}
+    kept = {key: int((tensor != 0).sum()) for key, tensor in scales.items()}
+    assert len(scales) == LAYERS * 4
+    assert sum(tensor.numel() for tensor in scales.values()) == config["init_r"] * len(scales)
+    assert sum(kept.values()) == config["target_r"] * len(scales)
+    assert len(set(kept.values())) > 1, "some layers keep more than others"
+    assert config["rank_pattern"] is None

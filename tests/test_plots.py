@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.plots import make_figure, plot_parameters
+from adapterlab.plots import make_figure, plot_parameters, plot_ranks, plot_training
 
 BASE, PIRATE, ROBOT = 134_515_008, 460_800, 92_160
 
@@ -109,7 +111,203 @@ def test_a_figure_shows_itself_sharply_at_its_size() -> None:
 def test_no_pyplot_is_imported() -> None:
     code = (
         "import sys, pandas as pd; from adapterlab.plots import plot_parameters;"
+        "from adapterlab.plots import plot_ranks, plot_training;"
         "plot_parameters(pd.DataFrame({'owner': ['base'], 'parameters': [3]})).figure._repr_png_();"
+        "plot_ranks(pd.DataFrame({'layer': [0], 'module': ['q'], 'rank': [3], 'init_r': [4]})).figure._repr_png_();"
+        "plot_training(pd.DataFrame({'step': [1], 'loss': [3.0]}))._repr_png_();"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- a training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def history() -> pd.DataFrame:
+    """As `TrainingRun.history` of an AdaLoRA run: the row of step 0 is from before the first step."""
+    nan = np.nan
+    return pd.DataFrame(
+        {
+            "step": [0, 1, 2, 3, 4],
+            "loss": [nan, 4.0, 3.0, 2.5, 2.25],
+            "eval_loss": [4.5, nan, 3.5, nan, 3.0],
+            "learning_rate": [nan, 1e-3, 1e-3, 1e-3, 1e-3],
+            "seconds": [0.1, 0.2, 0.3, 0.4, 0.5],
+            "budget": [nan, 12, 10, 8, 8],
+            "total_rank": [nan, 12, 12, 8, 8],
+        }
+    )
+
+
+def lines(ax: object) -> dict[str, list[tuple[float, float]]]:
+    """Label → points of the lines that are drawn."""
+    return {line.get_label(): list(map(tuple, line.get_xydata())) for line in ax.get_lines()}  # type: ignore[attr-defined]
+
+
+def test_a_training_shows_its_losses_and_its_ranks(history: pd.DataFrame) -> None:
+    before = history.copy()
+    figure = plot_training(history, title="ada_$1$")
+    losses, ranks = figure.axes
+    assert lines(losses) == {
+        "training loss": [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.25)],
+        "held-out loss": [(0, 4.5), (2, 3.5), (4, 3.0)],
+    }
+    assert lines(ranks) == {
+        "kept": [(1, 12), (2, 12), (3, 8), (4, 8)],
+        "planned": [(1, 12), (2, 10), (3, 8), (4, 8)],
+    }
+    assert [line.get_marker() for line in losses.get_lines()] == ["None", "o"]
+    assert [line.get_linestyle() for line in ranks.get_lines()] == ["-", "--"]
+    assert (losses.get_ylabel(), ranks.get_ylabel(), ranks.get_xlabel()) == (
+        "loss (nats per token)", "ranks, all layers", "step",
+    )  # fmt: skip
+    assert [text.get_text() for ax in figure.axes for text in ax.get_legend().get_texts()] == [
+        "training loss", "held-out loss", "kept", "planned",
+    ]  # fmt: skip
+    assert losses.get_title(loc="left") == "ada_$1$"
+    assert ranks.get_ylim()[0] == 0
+    figure.draw_without_rendering()  # a name is a name, and no formula
+    pd.testing.assert_frame_equal(history, before)
+
+
+def test_a_training_without_ranks_or_held_out_data_is_one_line(history: pd.DataFrame) -> None:
+    [ax] = plot_training(history[["step", "loss"]]).axes
+    assert list(lines(ax)) == ["training loss"]
+    assert ax.get_xlabel() == "step"
+    nothing = history.assign(eval_loss=np.nan, budget=np.nan, total_rank=np.nan)
+    [ax] = plot_training(nothing).axes
+    assert list(lines(ax)) == ["training loss"]
+
+
+def test_held_out_loss_alone_is_drawn(history: pd.DataFrame) -> None:
+    [ax] = plot_training(history.assign(loss=np.nan).drop(columns=["budget", "total_rank"])).axes
+    assert list(lines(ax)) == ["held-out loss"]
+
+
+def test_what_is_no_number_is_left_out(history: pd.DataFrame) -> None:
+    history.loc[2, "loss"] = np.inf
+    assert lines(plot_training(history).axes[0])["training loss"] == [(1, 4.0), (3, 2.5), (4, 2.25)]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_step_can_be_seen(history: pd.DataFrame, row: int) -> None:
+    figure = plot_training(history.iloc[[row]])
+    for ax in figure.axes:
+        assert all(line.get_marker() == "o" for line in ax.get_lines())
+        assert ax.get_xlim() == (row - 1, row + 1)
+    assert figure._repr_png_()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (
+            lambda history: history.drop(columns="loss"),
+            "plot_training needs the columns 'step' and 'loss'.*missing: 'loss'",
+        ),
+        (lambda history: history.drop(columns="step"), "missing: 'step'"),
+        (lambda history: history.iloc[:0], "nothing to draw"),
+        (lambda history: history.assign(loss=np.nan, eval_loss=np.nan), "nothing to draw"),
+    ],
+)
+def test_a_history_that_cannot_be_drawn_is_refused(history: pd.DataFrame, change: object, word: str) -> None:
+    with pytest.raises(AdapterLabError, match=word):
+        plot_training(change(history))  # type: ignore[operator]
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranks() -> pd.DataFrame:
+    rows = [(1, "q_proj", 2), (0, "q_proj", 1), (0, "down_proj", 4), (1, "down_proj", 0), (None, "lm_head", 3)]
+    frame = pd.DataFrame(rows, columns=["layer", "module", "rank"]).assign(init_r=4)
+    return frame.astype({"layer": "Int64"})
+
+
+def texts(labels: list[object]) -> list[str]:
+    return [label.get_text() for label in labels]  # type: ignore[attr-defined]
+
+
+def test_each_rank_stands_at_its_layer_and_module_and_sums_at_the_edges(ranks: pd.DataFrame) -> None:
+    before = ranks.copy()
+    ax = plot_ranks(ranks)
+    assert texts(ax.get_xticklabels()) == ["q_proj\n(3)", "down_proj\n(4)", "lm_head\n(3)"]
+    assert texts(ax.get_yticklabels()) == ["0", "1", "–"], "from the bottom up, what is in no layer on top"
+    [beside] = ax.child_axes
+    assert texts(beside.get_yticklabels()) == ["(5)", "(2)", "(3)"]
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (0.5, 0.5): "1", (1.5, 0.5): "4", (0.5, 1.5): "2", (1.5, 1.5): "0", (2.5, 2.5): "3",
+    }  # fmt: skip
+    [mesh] = ax.collections
+    assert mesh.get_array().mask.sum() == 3 * 3 - 5, "combinations that are not there are blank"
+    assert not ax.get_title()
+    pd.testing.assert_frame_equal(ranks, before)
+
+
+def test_colours_have_the_uniform_rank_in_their_middle(ranks: pd.DataFrame) -> None:
+    ax = plot_ranks(ranks)
+    [mesh] = ax.collections
+    assert [float(mesh.norm(value)) for value in (0, 2, 4)] == [0, 0.5, 1]  # (2 + 1 + 4 + 0 + 3) / 5 = 2
+    bar = ax.figure.axes[1]
+    assert bar.get_ylabel() == "rank kept\n(uniform would be 2.0)"
+    assert bar.get_ylim() == (0, 4)
+
+
+@pytest.mark.parametrize(("rank", "middle"), [(4, "4.0"), (0, "0.0")])
+def test_all_alike_is_all_in_the_middle(ranks: pd.DataFrame, rank: int, middle: str) -> None:
+    ax = plot_ranks(ranks.assign(rank=rank))
+    [mesh] = ax.collections
+    assert float(mesh.norm(rank)) == 0.5
+    assert ax.figure.axes[1].get_ylim() == (0, 4)
+    assert middle in ax.figure.axes[1].get_ylabel()
+    assert ax.figure._repr_png_()  # type: ignore[union-attr]
+
+
+def test_the_colours_grow_lighter_so_that_grey_prints_can_be_read() -> None:
+    from matplotlib import colormaps
+
+    from adapterlab.plots import RANK_COLOURS
+
+    colours = colormaps[RANK_COLOURS](np.linspace(0, 1, 64))[:, :3]
+    assert (np.diff(colours @ [0.299, 0.587, 0.114]) > 0).all()
+
+
+@pytest.mark.parametrize(("layers", "modules"), [(2, 2), (30, 7), (80, 7), (6, 12)])
+def test_numbers_stand_in_their_cells_and_labels_in_the_figure(layers: int, modules: int) -> None:
+    names = [f"{part}.{kind}_proj" for part in ("encoder", "decoder") for kind in "qkvoud"][:modules]
+    rows = [(layer, name, (layer + k) % 13) for layer in range(layers) for k, name in enumerate(names)]
+    ax = plot_ranks(pd.DataFrame(rows, columns=["layer", "module", "rank"]).assign(init_r=12))
+    figure = ax.figure
+    figure.draw_without_rendering()
+    cell = ax.get_window_extent().height / layers, ax.get_window_extent().width / modules
+    assert len(ax.texts) == layers * modules
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert (box.height, box.width) < cell
+    for axis in (ax.xaxis, ax.yaxis, ax.child_axes[0].yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= figure.bbox.y0 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+
+
+def test_ranks_go_into_the_axes_they_are_given_and_numbers_only_where_they_fit() -> None:
+    rows = [(layer, module, layer % 5) for layer in range(48) for module in ("q", "v")]
+    frame = pd.DataFrame(rows, columns=["layer", "module", "rank"]).assign(init_r=4)
+    ax = Figure(figsize=(3, 2)).add_subplot()
+    assert plot_ranks(frame, ax=ax) is ax
+    assert not ax.texts
+    assert len(ax.get_yticklabels()) < 48, "labels are thinned out"
+
+
+@pytest.mark.parametrize(
+    ("broken", "word"),
+    [
+        (pd.DataFrame({"layer": [0], "module": ["q"], "rank": [1]}), "plot_ranks needs .*missing: 'init_r'"),
+        (pd.DataFrame({"layer": [], "module": [], "rank": [], "init_r": []}), "nothing to draw"),
+    ],
+)
+def test_ranks_that_cannot_be_drawn_are_refused(broken: pd.DataFrame, word: str) -> None:
+    with pytest.raises(AdapterLabError, match=word):
+        plot_ranks(broken)

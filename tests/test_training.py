@@ -219,10 +219,10 @@ class TestOnlyThatAdapterLearns:
         assert full_lab.active_adapters == {"poet": 1.0}
         assert full_lab.trainable == "poet"
 
-    def test_special_tokens_of_the_model_stay(self, lab: AdapterLab) -> None:
+    def test_special_tokens_of_the_model_stay(self, lab: AdapterLab, tmp_path: Path) -> None:
         lab.model.generation_config.eos_token_id = [2, 7]
         lab.model.config.pad_token_id = None
-        trainer = lab.trainer(_new(lab), PAIRS, max_steps=1, output_dir="unused", **QUIET)
+        trainer = lab.trainer(_new(lab), PAIRS, max_steps=1, output_dir=str(tmp_path / "unused"), **QUIET)
         trainer.processing_class = lab.tokenizer
         trainer.train()
         assert lab.model.generation_config.eos_token_id == [2, 7]
@@ -367,6 +367,17 @@ class TestStop:
         run = lab.train("new", PAIRS, max_steps=50, callbacks=[press], **LORA, **QUIET)
         assert (run.steps, run.stopped_early) == (2, True)
         assert signal.getsignal(signal.SIGINT) is before
+
+    def test_a_trainer_stops_too(self, lab: AdapterLab, tmp_path: Path) -> None:
+        class Evaluating(TrainerCallback):
+            def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                lab.stop()
+
+        trainer = lab.trainer(_new(lab), PAIRS, output_dir=str(tmp_path), eval_dataset=PAIRS, eval_steps=2, max_steps=9,
+                              eval_on_start=False, per_device_eval_batch_size=1, callbacks=[Evaluating()], **QUIET)  # fmt: skip
+        assert trainer.train().global_step == 2
+        trainer.remove_callback(Evaluating)
+        assert trainer.evaluate()["eval_loss"] > 0, "an old Stop is not for what comes later"
 
     def test_a_second_ctrl_c_does_not_wait(self, lab: AdapterLab) -> None:
         class Twice(TrainerCallback):
@@ -578,7 +589,8 @@ class TestBadInput:
         ("name", "given", "words"),
         [
             ("nobody", {}, r"No adapter named 'nobody'"),
-            ("base", {}, r"'base'"),
+            ("base", {}, r"The base is frozen in a lab"),
+            ("nobody", {}, r"lab\.train\('nobody', dataset, method='lora'\)"),
             ("new", {**LORA, "lerning_rate": 1}, r"'lerning_rate' \(did you mean 'learning_rate'\?\)"),
             ("new", {"method": "lorra"}, r"'lorra' is no PEFT method"),
             ("new", {**LORA, "max_steps": 0}, r"max_steps=0 is no whole number"),
@@ -637,22 +649,39 @@ class TestBadInput:
         with lab.using("new"), pytest.raises(AdapterLabError, match="can't change"):
             lab.train("new", PAIRS, **QUIET)
 
-    def test_on_a_closed_lab(self, lab: AdapterLab) -> None:
-        trainer = lab.trainer(_new(lab), PAIRS, output_dir="unused", **QUIET)
+    def test_on_a_closed_lab(self, lab: AdapterLab, tmp_path: Path) -> None:
+        trainer = lab.trainer(_new(lab), PAIRS, output_dir=str(tmp_path / "unused"), **QUIET)
         lab.close()
         with pytest.raises(AdapterLabError, match="closed"):
             lab.train("new", PAIRS)
         with pytest.raises(AdapterLabError, match="closed"):
             trainer.train()
 
-    def test_a_trainer_whose_adapter_is_gone(self, lab: AdapterLab) -> None:
-        trainer = lab.trainer(_new(lab), PAIRS, output_dir="unused", **QUIET)
+    def test_a_trainer_whose_adapter_is_gone(self, lab: AdapterLab, tmp_path: Path) -> None:
+        trainer = lab.trainer(_new(lab), PAIRS, output_dir=str(tmp_path / "unused"), **QUIET)
         lab.delete_adapter("new")
         with pytest.raises(AdapterLabError, match="No adapter named 'new'"):
             trainer.train()
 
 
 class TestThreads:
+    def test_a_cell_that_waits_is_told_for_what(self, lab: AdapterLab, capsys: pytest.CaptureFixture[str]) -> None:
+        _new(lab)
+        reached, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            reached.set()
+            go_on.wait(60)
+
+        thread = threading.Thread(target=lambda: lab.train("new", PAIRS, max_steps=3, callbacks=[At(2, hold)], **QUIET))
+        thread.start()
+        assert reached.wait(60)
+        threading.Timer(0.2, go_on.set).start()
+        comparison = lab.compare("Why?", ["new"], max_new_tokens=2)
+        thread.join(60)
+        assert "Waiting for the training of 'new' to end" in capsys.readouterr().out
+        assert comparison["new"].active_adapters == ("new",)
+
     def test_a_comparison_waits_for_the_training(self, lab: AdapterLab) -> None:
         _new(lab)
         reached, results = threading.Event(), []

@@ -285,17 +285,18 @@ def test_what_is_learned_is_the_answer_and_what_comes_before_is_what_generation_
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize("name", ["pirate", "robot"])
-def test_the_demos_own_pairs_give_the_rows_its_adapters_were_trained_on(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["pirate", "robot", "bard"])
+def test_the_demos_own_pairs_are_a_rendered_prompt_the_answer_and_its_end(name: str) -> None:
     from transformers import AutoTokenizer
 
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "scripts")
-    from train_demo_adapters import encode
-
     tokenizer, pairs = AutoTokenizer.from_pretrained(fetch_demo_model()), demo_training_pairs(name)
-    assert read_training_data(pairs, tokenizer).rows == [encode(tokenizer, *pair) for pair in pairs]
+    for row, (question, answer) in zip(read_training_data(pairs, tokenizer).rows, pairs):
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        reply = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        assert row["input_ids"] == prompt + reply
+        assert row["attention_mask"] == [1] * len(prompt + reply)
+        assert row["labels"] == [IGNORED] * len(prompt) + reply
 
 
 # ----- the forms -----
