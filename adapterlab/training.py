@@ -27,13 +27,14 @@ DEFAULT_STEPS = 100
 DEFAULT_BATCH = 8
 MOST_ROWS_OF_HISTORY = 200  # a short run logs each step
 # Learning rates that taught the demo model a style in some forty steps; per method, since IA3's few numbers need large steps
-LEARNING_RATES = {"IA3": 8e-3, "ADALORA": 3e-3}
+LEARNING_RATES = {"IA3": 8e-3, "ADALORA": 1e-2}
 DEFAULT_LEARNING_RATE = 1e-3
-# transformers 5.23 renamed these
-_RENAMED = {
+# transformers 5.23 renamed these; either name will do with either version
+_NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+_OLD_NAMES = {new: old for old, new in _NEW_NAMES.items()}
 # Fields of a config that PEFT, training or loading fill in
 _NOT_OF_THE_USER = frozenset({
     "auto_mapping", "base_model_name_or_path", "deltaT", "inference_mode", "peft_version", "rank_pattern", "revision",
@@ -60,11 +61,11 @@ def sort_keywords(given: Mapping[str, Any], config_fields: set[str]) -> Wish:
     of_trainer = set(inspect.signature(Trainer.__init__).parameters) - {"self", *_OURS}
     wish, wrong = Wish(), []
     for name, value in given.items():
-        now = _RENAMED.get(name, name)
+        known = next((n for n in (_NEW_NAMES.get(name), name, _OLD_NAMES.get(name)) if n in of_arguments), None)
         if name == "resume_from_checkpoint":
             wish.resume = value
-        elif now in of_arguments or name in of_arguments:
-            wish.arguments[now if now in of_arguments else name] = value
+        elif known is not None:
+            wish.arguments[known] = value
         elif name in of_trainer:
             wish.trainer[name] = value
         elif name in config_fields:
