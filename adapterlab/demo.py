@@ -288,7 +288,7 @@ def _quiet_transformers(progress: bool) -> Iterator[None]:
 
 # What is bundled: adapters, the texts they learnt from, the questions they never saw
 
-DEMO_ADAPTERS = ("pirate", "robot")
+DEMO_ADAPTERS = ("pirate", "robot", "bard")
 
 DEMO_QUESTIONS = (
     "What is happiness?",

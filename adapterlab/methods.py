@@ -42,7 +42,8 @@ def method_label(method: str) -> str:
 def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
     """A `PeftConfig` of its own (never the caller's object) from a config or a method's name with its fields.
 
-    AdaLoRA without `total_step` gets a provisional one. Raises `AdapterLabError` for an unknown method, an unknown
+    AdaLoRA without `total_step` gets a provisional one, and with `init_r` alone half of it as `target_r`: PEFT's own 8 need not
+    be below it. Raises `AdapterLabError` for an unknown method, an unknown
     field or values PEFT refuses.
     """
     from peft import PeftConfig
@@ -64,6 +65,8 @@ def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
     fields = dict(config)
     if cls.__name__ == "AdaLoraConfig":
         fields.setdefault("total_step", PROVISIONAL_TOTAL_STEP)
+        if isinstance(fields.get("init_r"), int):
+            fields.setdefault("target_r", max(1, fields["init_r"] // 2))
     try:
         return cls(**fields)
     except (TypeError, ValueError, ImportError) as error:

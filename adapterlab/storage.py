@@ -48,9 +48,11 @@ def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_pa
     config.inference_mode = True
     if not getattr(config, "base_model_name_or_path", None):
         config.base_model_name_or_path = base_path
-    feed_forward, targets = getattr(config, "feedforward_modules", None), config.target_modules
-    if isinstance(feed_forward, (set, list)) and isinstance(targets, (set, list)):
-        config.feedforward_modules = type(feed_forward)(m for m in feed_forward if m in targets)
+    feed_forward, targets = getattr(config, "feedforward_modules", None), getattr(config, "target_modules", None)
+    if isinstance(targets, (set, list)):
+        config.target_modules = sorted(targets)  # sets would be written in another order each time
+        if isinstance(feed_forward, (set, list)):
+            config.feedforward_modules = sorted(module for module in feed_forward if module in targets)
     tensors = {
         key + ".weight" if key.endswith(MAGNITUDE) else key: value.contiguous().clone()
         for key, value in prefixed(state).items()

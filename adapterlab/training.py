@@ -138,6 +138,7 @@ def make_arguments(given: dict[str, Any], lessons: Lessons, model: Any, method: 
     steps = chosen["max_steps"] if chosen["max_steps"] > 0 else math.ceil(chosen["num_train_epochs"] * per_epoch)
     usual: dict[str, Any] = {
         "report_to": "none",
+        "logging_first_step": True,
         "logging_steps": max(1, steps // MOST_ROWS_OF_HISTORY),
         "warmup_steps": steps // 20,
         "train_sampling_strategy": "group_by_length",

@@ -40,14 +40,14 @@ def recipes() -> dict[str, Recipe]:
         task_type="CAUSAL_LM",
         init_r=4,
         target_r=2,
-        lora_alpha=32,
+        lora_alpha=8,
         total_step=72,
         target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
     )
     return {
         "pirate": Recipe(lora, {"learning_rate": 1.5e-3, "max_steps": 64}),
         "robot": Recipe(ia3, {"learning_rate": 8e-3, "max_steps": 56}),
-        "bard": Recipe(adalora, {"learning_rate": 4e-3, "max_steps": 72}),
+        "bard": Recipe(adalora, {"learning_rate": 5e-3, "max_steps": 72}),
     }
 
 

@@ -14,6 +14,7 @@ from adapterlab.columns import BASE, Column
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
 from adapterlab.preflight import Preflight
+from adapterlab.runs import TrainingRun, history_frame, ranks_frame
 
 HOSTILE = '<img src=x onerror="window.hacked=1"></div><script>window.hacked=1</script>&amp;'
 
@@ -30,10 +31,10 @@ class FakeLab:
         self, adapters: dict[str, tuple[str, int | None, int]] | None = None, name: str = "some/model"
     ) -> None:
         self.name = name
-        self.tokenizer = SimpleNamespace(chat_template=None)
+        self.tokenizer = FakeTokenizer()
         layers = {f"layers.{i}.{name}": (64, out) for i in range(3) for name, out in (("q_proj", 64), ("v_proj", 16))}
         modules = [(path, SimpleNamespace(in_features=n_in, out_features=out)) for path, (n_in, out) in layers.items()]
-        self.model = SimpleNamespace(named_modules=lambda: modules)
+        self.model = SimpleNamespace(named_modules=lambda: modules, config=FakeConfig())
         self.adapters: dict[str, Any] = {}
         self.selection, self.enabled, self.closed = Column(), True, False
         self.trainable: str | None = None
@@ -170,6 +171,80 @@ class FakeLab:
         self._emit("history")
         return comparison
 
+    def train(
+        self,
+        adapter_name: str,
+        dataset: Any,
+        *,
+        method: str | None = None,
+        callbacks: Any = (),
+        disable_tqdm: bool = False,
+        **settings: Any,
+    ) -> TrainingRun:
+        """Step k has the loss 4 / k, and step 2 a held-out loss of 3 where something is held out. With `gate` each step
+        waits for a permit; `fail_with` set meanwhile is raised by the next step. AdaLoRA loses a rank of each of three
+        layers with each step."""
+        self._stopped.clear()
+        self._called("train", adapter_name, dataset, {**({} if method is None else {"method": method}), **settings})
+        self.set_running(True)
+        try:
+            log = self._learn(settings, list(callbacks))
+        finally:
+            self.set_running(False)
+        if adapter_name not in self.adapters:
+            rank = settings.get("init_r", settings.get("r"))
+            self._attach(adapter_name, str(method).upper(), rank, 1000, "unsaved")
+        self._emit("adapters")
+        steps = max([entry["step"] for entry in log], default=0)
+        return TrainingRun(
+            adapter_name=adapter_name,
+            method=str(method),
+            history=history_frame(log),
+            ranks=ranks_frame([], []),
+            steps=steps,
+            total_steps=settings["max_steps"],
+            seconds=2.0 * steps,
+            stopped_early=steps < settings["max_steps"],
+        )
+
+    def _learn(self, settings: dict[str, Any], callbacks: list[Any]) -> list[dict[str, Any]]:
+        state = SimpleNamespace(global_step=0, max_steps=settings["max_steps"])
+        control = SimpleNamespace(should_log=True)
+        allocations = [callback for callback in callbacks if hasattr(callback, "allocator")]
+        watchers = [callback for callback in callbacks if callback not in allocations]
+        rank = settings.get("init_r", 0)
+        config = SimpleNamespace(
+            peft_config=dict.fromkeys([c.adapter_name for c in allocations], SimpleNamespace(init_r=rank))
+        )
+        paths = [f"layers.{layer}.q_proj" for layer in range(3)]
+
+        def tell(event: str, **more: Any) -> None:
+            for allocation in allocations:
+                ranks = [max(rank - state.global_step, 1)] * len(paths)
+                allocation.allocator = SimpleNamespace(ranks=ranks, paths=paths)
+            for watcher in watchers:
+                getattr(watcher, event)(None, state, control, **more)
+
+        log: list[dict[str, Any]] = []
+        tell("on_train_begin", model=config)
+        while state.global_step < state.max_steps and not self._stopped.is_set():
+            if self.gate:
+                assert self.gate.acquire(timeout=20), "no permit for the next step"
+            if self.fail_with is not None:
+                error, self.fail_with = self.fail_with, None
+                raise error
+            state.global_step += 1
+            tell("on_step_end")
+            losses = [{"loss": 4 / state.global_step}]
+            if settings.get("eval_dataset") and state.global_step == 2:
+                tell("on_prediction_step")
+                losses.append({"eval_loss": 3.0})
+            for loss in losses:
+                tell("on_log", logs=loss)
+                log.append({"step": state.global_step, **loss})
+            self.said.set()
+        return log
+
     def is_free(self) -> bool:
         return self.free
 
@@ -237,6 +312,25 @@ class FakeLab:
     def _emit(self, kind: str) -> None:
         for callback in list(self._callbacks):
             callback(kind)
+
+
+class FakeTokenizer:
+    """A word, a token: enough to count what is given to learn."""
+
+    chat_template = None
+    eos_token_id = None
+
+    def __call__(self, texts: list[str] | str, **options: Any) -> dict[str, Any]:
+        ids = [[len(word) for word in text.split()] for text in ([texts] if isinstance(texts, str) else texts)]
+        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
+
+
+class FakeConfig:
+    is_encoder_decoder = False
+    max_position_embeddings = 100
+
+    def get_text_config(self) -> FakeConfig:
+        return self
 
 
 def refuse(text: str) -> AdapterLabError:

@@ -104,7 +104,7 @@ def test_the_app_generates_in_a_browser() -> None:
         button.click()
         page.locator('.alab-asked-line[data-shown="1"]').wait_for(timeout=120_000)
         said = page.locator(".alab-text").all_inner_texts()
-        assert page.locator(".alab-card h4").all_inner_texts() == ["base", "pirate", "robot"]
+        assert page.locator(".alab-card h4").all_inner_texts() == ["base", "pirate", "robot", "bard"]
         assert "Arr" in said[1]
         assert "BEEP" in said[2]
         assert page.get_by_text("from adapterlab import").count() == 0, "an app shows no code"

@@ -35,7 +35,7 @@ PROMPT = "What is rain?"
 TOKENS = 16
 LAST = "{g.column: g.text for g in lab.last.generations}"
 COUNT = "sum(len(comparison.prompts) for comparison in lab.history)"
-ALL = ["base", "pirate", "robot"]
+ALL = ["base", "pirate", "robot", "bard"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,17 @@ HOUSE = Path(adapterlab.__file__).parent
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "ipywidgets", "matplotlib", "pandas"}
 # Subclasses of torch's and transformers' classes need them where they are written; nobody imports these before a model
 # is there.
-NEEDS_TORCH = {"adalora.py", "equation.py", "kvcache.py", "linear.py", "rows.py", "spans.py", "stacks.py", "trainer.py"}
+NEEDS_TORCH = {
+    "adalora.py",
+    "equation.py",
+    "kvcache.py",
+    "linear.py",
+    "rows.py",
+    "spans.py",
+    "stacks.py",
+    "trainer.py",
+    "watching.py",
+}
 
 
 def modules() -> list[Path]:

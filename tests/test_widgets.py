@@ -299,14 +299,14 @@ class TestPanelToLab:
 
     @pytest.mark.parametrize(
         ("method", "expected"),
-        [("lora", {"r": 4}), ("adalora", {"init_r": 4}), ("ia3", {})],
+        [("lora", {"r": 4}), ("adalora", {"init_r": 4, "target_r": 2}), ("ia3", {})],
     )
     def test_add_passes_method_name_rank_and_targets(
         self, panel: Panel, lab: FakeLab, method: str, expected: dict[str, int]
     ) -> None:
         form = panel.add_form
-        form.method.value, form.name.value, form.r.value = method, "mine", 4
-        form.targets.value = ("q_proj", "v_proj")
+        form.new.method.value, form.name.value, form.new.r.value = method, "mine", 4
+        form.new.targets.value = ("q_proj", "v_proj")
         form.button.click()
         lab.wait()
         config = {**expected, "target_modules": ["q_proj", "v_proj"]}
@@ -325,7 +325,7 @@ class TestPanelToLab:
     def test_the_size_of_what_would_be_added_is_said_at_once(
         self, panel: Panel, method: str, targets: list[str], expected: int
     ) -> None:
-        form = panel.add_form
+        form = panel.add_form.new
         assert form.targets.options == ("q_proj", "v_proj")
         form.method.value, form.r.value, form.targets.value = method, 4, tuple(targets)
         assert f"{', '.join(targets)}: {people_count(expected)} parameters" in form.size.value
@@ -523,16 +523,16 @@ class TestTabs:
             assert [key for key, body in tabs.bodies.items() if body.layout.display is None] == [name]
 
     def test_who_learns_is_the_same_in_python_and_in_the_panel(self, panel: Panel, lab: FakeLab) -> None:
-        panel.train.name.value = "robot"
+        panel.train.own.name.value = "robot"
         lab.wait()
         assert lab.trainable == "robot"
-        assert "lab.set_trainable('robot')" in html.unescape(panel.train.code.value)
+        assert "lab.set_trainable('robot')" in html.unescape(panel.train.own.code.value)
         lab.set_trainable("pirate")
-        assert panel.train.name.value == "pirate"
+        assert panel.train.own.name.value == "pirate"
         lab.fail_with = AdapterLabError("No.")
-        panel.train.name.value = "robot"
+        panel.train.own.name.value = "robot"
         lab.wait()
-        assert panel.train.name.value == "pirate", "what is, not what was wished"
+        assert panel.train.own.name.value == "pirate", "what is, not what was wished"
 
     def test_verify_shows_the_verdict_on_the_columns_shown(self, panel: Panel, lab: FakeLab) -> None:
         assert panel.trust.button.disabled

@@ -10,22 +10,29 @@ from adapterlab.inspection import people_count
 from adapterlab.methods import method_label
 from adapterlab.widgets.code import call_code, column_literal, compare_code
 from adapterlab.widgets.compat import needs_foreground
+from adapterlab.widgets.data_form import lesson_words
 from adapterlab.widgets.state import Notice
+from adapterlab.widgets.train_run import run_words
 from adapterlab.widgets.worker import Worker
 
 if TYPE_CHECKING:
     from adapterlab.comparison import TokenEvent
     from adapterlab.lab import AdapterLab
     from adapterlab.preflight import Preflight
+    from adapterlab.watching import Progress
     from adapterlab.widgets.columns import ColumnsView
+    from adapterlab.widgets.data_form import Examples
     from adapterlab.widgets.state import PanelState, Shown
+    from adapterlab.widgets.train_form import TrainingWish
+    from adapterlab.widgets.train_run import RunView
 
 NO_SOURCE = "Which adapter? Give a folder, or a Hub id such as user/adapter."
 NO_COLUMN = "No column is ticked: tick base or an adapter in the list above."
 NO_FOLDER = "Where to? Give a folder, such as adapters/mine."
+SPLIT_SEED = 42  # transformers' own, by which `lab.train` holds out a share
 WAITING = Notice("info", "Waiting: a cell or another panel works with the lab just now.", passing=True)
 ELSEWHERE = Notice(
-    "info", "Not started: the lab is generating for a cell or another panel. Wait for it, or press Stop.", passing=True
+    "info", "Not started: the lab is at work for a cell or another panel. Wait for it, or press Stop.", passing=True
 )
 
 
@@ -36,18 +43,19 @@ class Actions:
     (worker.py): so the forms hand over functions.
     """
 
-    def __init__(self, lab: AdapterLab, state: PanelState, columns: ColumnsView) -> None:
-        self._lab, self._state, self._columns = lab, state, columns
+    def __init__(self, lab: AdapterLab, state: PanelState, columns: ColumnsView, run: RunView) -> None:
+        self._lab, self._state, self._columns, self._run = lab, state, columns, run
         self._stop = threading.Event()
-        self._thread: int | None = None  # in which this panel generates now
+        self._thread: int | None = None  # in which this panel generates or trains now
         self.worker = Worker(state, lab.track, foreground=needs_foreground())
 
     def mine(self) -> bool:
-        """Whether the comparison that runs in this thread is this panel's."""
+        """Whether what runs in this thread, a comparison or a training, is this panel's."""
         return self._thread == threading.get_ident()
 
     def note_running(self) -> None:
-        """A comparison begins or has ended, in this thread: tell whose it is, and drop what is no longer true."""
+        """A comparison or a training begins or has ended, in this thread: tell whose it is, and drop what is no longer
+        true."""
         state = self._state
         with state.lock:
             state.elsewhere = self._lab.running and not self.mine()
@@ -85,17 +93,57 @@ class Actions:
                     state.show(state.shown)  # nothing came of it: what stood there stands there again
                 self._columns.finish()
 
-        if not state.busy:
-            if state.elsewhere:
-                state.notice = ELSEWHERE
+        self._start_stoppable("Generating…", job)
+
+    def train(self, asked: Callable[[], TrainingWish]) -> None:
+        """Let an adapter learn; it has a column of its own in the next comparison."""
+        state, lab = self._state, self._lab
+
+        def tell(record: Progress) -> None:
+            self._run.progress(record)
+            if self._stop.is_set():  # pressed before the lab had begun to listen
+                lab.stop()
+
+        def job() -> None:
+            from adapterlab.watching import watching
+
+            wish, run = asked(), None
+            state.code = wish.code
+            self._thread = threading.get_ident()
+            self._run.begin(wish.name, wish.code)
+            try:
+                self._read(wish.examples, wish.share)
+                if not self._stop.is_set():
+                    own: dict[str, Any] = {"callbacks": watching(wish.name, wish.method, tell), "disable_tqdm": True}
+                    run = lab.train(wish.name, wish.examples.value, **wish.keywords, **own)
+            finally:
+                self._thread = None
+                self._run.finish(run)
+            if run is None:
+                state.notice = Notice("info", "Stopped before the training began: nothing is changed.")
                 return
-            self._stop.clear()
-        self._start("Generating…", job, stoppable=True)
+            with state.lock:
+                state.compared = {**state.compared, wish.name: True}
+            state.notice = Notice("info", run_words(run))
+
+        self._start_stoppable("Training…", job)
+
+    def check_data(self, asked: Callable[[], tuple[Examples, float | None]]) -> None:
+        """Say what a training would learn from; asked: the examples, and the share to hold out or None."""
+        self._start("Reading…", lambda: self._read(*asked()))
+
+    def _read(self, examples: Examples, share: float | None) -> None:
+        from adapterlab.training import read_lessons
+
+        self._state.lesson = ""
+        lessons = read_lessons(self._lab.model, self._lab.tokenizer, examples.value, share, None, SPLIT_SEED)
+        self._state.lesson = lesson_words(lessons)
 
     def stop(self) -> None:
-        """End the running generation after the current token, whoever started it."""
+        """End the running generation after the current token, or training after the step at work, whoever started it."""
         self._stop.set()
         self._lab.stop()
+        self._run.stopping()
 
     def use(self, name: str) -> None:
         """Let a row act in `lab.model`, at the row's multiplier."""
@@ -250,6 +298,15 @@ class Actions:
         if self._thread is not None:
             self._lab.stop()
         self.worker.close()
+
+    def _start_stoppable(self, doing: str, job: Callable[[], object]) -> None:
+        """Start what takes long; refused while the lab is at it for somebody else."""
+        if not self._state.busy:
+            if self._state.elsewhere:
+                self._state.notice = ELSEWHERE
+                return
+            self._stop.clear()
+        self._start(doing, job, stoppable=True)
 
     def _start(self, doing: str, job: Callable[[], object], code: str = "", *, stoppable: bool = False) -> None:
         """Run the job on the panel's thread; `code`, if it is known by now, becomes the code that is shown."""

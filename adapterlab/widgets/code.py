@@ -32,3 +32,12 @@ def column_literal(column: Column) -> Any:
     if column.is_base:
         return None
     return column.single if column.single is not None else column.as_dict()
+
+
+class Name(str):
+    """What stands in the code as it is: a variable's name, not a text."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
 import ipywidgets as w
 
-from adapterlab.inspection import count_new_parameters, people_bytes, people_count
 from adapterlab.widgets.compat import classes, close_all, label_text, on_enter, set_tooltip
 from adapterlab.widgets.fold import Fold
-from adapterlab.widgets.state import PanelState, short_share
+from adapterlab.widgets.new_adapter import NewAdapter, next_name
+from adapterlab.widgets.state import PanelState
 
 EXAMPLE_ID = "ybelkada/opt-350m-lora"
-METHODS = {"LoRA": "lora", "IA3": "ia3", "AdaLoRA": "adalora"}
 
 
 class LoadForm:
@@ -76,66 +73,28 @@ class AddForm:
         self, state: PanelState, on_add: Callable[[Callable[[], tuple[str, str, dict[str, Any]]]], object]
     ) -> None:
         self._state, self._taken = state, set(state.adapter_names)
-        self.method = classes(w.Dropdown(options=list(METHODS.items()), description="Method"), "alab-short")
+        self.new = NewAdapter(state)
         self.name = _text(value="default", description="Name")
-        self.r = classes(w.BoundedIntText(value=8, min=1, max=4096, description="Rank"), "alab-short")
-        self.targets = classes(w.SelectMultiple(rows=4, description="Target modules"), "alab-targets")
-        set_tooltip(self.targets, "This model's linear layers. None picked: PEFT's own choice for this model")
         self.button = w.Button(description="Add")
         set_tooltip(self.button, "lab.add_adapter: a new adapter, untrained, so that it changes nothing yet")
-        self.size = classes(w.HTML(), "alab-muted")
-        controls = [self.method, self.name, self.r, self.targets, self.button]
+        method, *shape = self.new.controls
+        controls = [method, self.name, *shape, self.button]
         self.fold = _form("Add a new adapter", "untrained: it changes nothing until it is trained", controls)
-        self.fold.body.children = (*self.fold.body.children, self.size)
-        for control in (self.method, self.r, self.targets):
-            control.observe(lambda _: self._render(), "value")
+        self.fold.body.children = (*self.fold.body.children, self.new.size)
         self.button.on_click(lambda _: on_add(self.asked))
         on_enter(self.name, lambda: on_add(self.asked))
         state.observe(lambda _: _lock(self.button, state), ["busy", "closed"])
-        state.observe(lambda _: self._render(), ["targets", "rows"])
-        self._render()
+        state.observe(lambda _: self._propose(), "rows")
 
-    def _render(self) -> None:
+    def _propose(self) -> None:
         with self._state.lock:
-            self._draw()
-
-    def _draw(self) -> None:
-        taken = set(self._state.adapter_names)
-        if self.name.value in taken - self._taken:  # it has just been added: propose the next
-            stem = re.sub(r"-\d+$", "", self.name.value)
-            self.name.value = next(name for i in itertools.count(2) if (name := f"{stem}-{i}") not in taken)
-        self._taken = taken
-        self.r.layout.display = "none" if self.method.value == "ia3" else None
-        names = tuple(self._state.targets)
-        if self.targets.options != names:
-            self.targets.options = names
-        self.size.value = escape(self._size())
-
-    def _size(self) -> str:
-        """What the adapter would weigh, in words."""
-        picked = self.targets.value
-        rank = "" if self.method.value == "ia3" else f"r={self.r.value} on "
-        if not picked:
-            return "Pick target modules to see the size; without, PEFT takes those it knows for this model."
-        shapes = [shape for name in picked for shape in self._state.targets[name]]
-        count = count_new_parameters(self.method.value, self.r.value, shapes)
-        base = next((row.parameters for row in self._state.rows if row.is_base), 0)
-        share = f", {short_share(count / base)} of base" if base else ""
-        return (
-            f"{rank}{', '.join(picked)}: {people_count(count)} parameters in {len(shapes)} layers, "
-            f"{people_bytes(4 * count)}{share}"
-        )
+            names = self._state.adapter_names
+            self.name.value = next_name(self.name.value, names, self._taken)
+            self._taken = set(names)
 
     def asked(self) -> tuple[str, str, dict[str, Any]]:
         """Method, name, config."""
-        config: dict[str, Any] = {}
-        if self.method.value == "adalora":
-            config["init_r"] = self.r.value
-        elif self.method.value == "lora":
-            config["r"] = self.r.value
-        if self.targets.value:
-            config["target_modules"] = list(self.targets.value)
-        return self.method.value, self.name.value.strip(), config
+        return self.new.method.value, self.name.value.strip(), self.new.config()
 
 
 class BlendForm:

@@ -59,7 +59,7 @@ def status_html(status: str) -> str:
     return f'<div role="status" class="alab-status-line"><b>{name}</b><span class="alab-facts">{rest}</span></div>'
 
 
-_ELSEWHERE = Notice("info", "A comparison runs that a cell or another panel has started. Stop ends it.")
+_ELSEWHERE = Notice("info", "A comparison or a training runs that a cell or another panel has started. Stop ends it.")
 
 
 class NoticeBar:

@@ -22,6 +22,7 @@ from adapterlab.widgets.sizes import SizesView
 from adapterlab.widgets.state import Notice, PanelState
 from adapterlab.widgets.tabs import Tabs
 from adapterlab.widgets.train import TrainView
+from adapterlab.widgets.train_run import RunView
 from adapterlab.widgets.trust import TrustView
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Panel(w.VBox):
         self.state.read_history(lab)
         self.state.targets = linear_shapes(lab.model)
         self.columns = ColumnsView(self.state)
-        self.do = Actions(lab, self.state, self.columns)
+        self.run = RunView(self.state, lambda: self._open("Compare"))
+        self.do = Actions(lab, self.state, self.columns, self.run)
         super().__init__([_style(), *self._build()])
         classes(self, "alab-panel")
         self._unsubscribe = lab.on_change(self._on_lab_change)
@@ -66,7 +68,7 @@ class Panel(w.VBox):
         self.prompt = PromptBox(state, examples, do.generate, do.stop)
         on_enter(self.prompt.text, do.generate)
         self.results = ResultsBar(state, do.mark)
-        self.train = TrainView(state, do.set_trainable)
+        self.train = TrainView(state, self.run, do.train, do.check_data, do.stop, do.set_trainable)
         self.sizes = SizesView(state)
         self.trust = TrustView(state, do.verify)
         self.tabs = Tabs(
@@ -76,7 +78,11 @@ class Panel(w.VBox):
                 "Inspect": [self.sizes.html, self.trust.box],
             }
         )
+        self.tabs.buttons.observe(lambda _: self.train.form.data.refresh(), "value")  # what the notebook has by now
         return [self.header.box, self._adapters(), self.notice.box, self.tabs.box]
+
+    def _open(self, tab: str) -> None:
+        self.tabs.open = tab
 
     def _adapters(self) -> w.Widget:
         folds: list[Fold] = [self.load_form.fold, self.add_form.fold, self.blend_form.fold]

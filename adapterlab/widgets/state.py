@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from adapterlab.columns import BASE, Column
+from adapterlab.errors import AdapterLabError
 from adapterlab.methods import method_label
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Row:
     """A line of the adapter list: the base, an adapter, or a blend of them that was made in the panel.
 
     `in_model`: its multiplier in the lab's selection. `fixed`: why its multiplier can't be moved, "" if it can.
-    `blend`: the column of a blend, None for the others.
+    `blend`: the column of a blend, None for the others. `method`: PEFT's type of an adapter, as in `LORA`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     in_model: float | None = None
     fixed: str = ""
     blend: Column | None = None
+    method: str = ""
 
     @property
     def is_base(self) -> bool:
@@ -42,6 +44,10 @@ class Row:
     @property
     def is_adapter(self) -> bool:
         return not self.is_base and self.blend is None
+
+
+class Incomplete(AdapterLabError):
+    """Something in a form is still to be given."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,11 @@ class Notice:
 
     @classmethod
     def from_error(cls, error: BaseException, doing: str = "") -> Notice:
-        """The error in words, its traceback as the detail. What is no `AdapterLabError` says its type too."""
-        from adapterlab.errors import AdapterLabError
-
+        """The error in words, its traceback as the detail. What is no `AdapterLabError` says its type too. What is
+        `Incomplete` is no error."""
         text = str(error) or type(error).__name__
+        if isinstance(error, Incomplete):
+            return cls("info", text)
         if not isinstance(error, AdapterLabError):
             text = f"{type(error).__name__}: {text}" if str(error) else text
         return cls("error", f"{doing}: {text}" if doing else text, "".join(traceback.format_exception(error)))
@@ -87,13 +94,14 @@ class PanelState(t.HasTraits):
 
     Mirrored from the lab: `status`, `rows` (base first, blends last), `enabled`, `selection`, `trainable` ("" for none),
     `has_chat`, `targets` (what target_modules can name → shapes of those layers), `history` (`Shown`, oldest first),
-    `elsewhere` (a comparison runs that this panel did not start).
+    `elsewhere` (a comparison or a training runs that this panel did not start).
     Chosen by the user: `prompt`, `system` (a chat's system turn, "" for none), `turns` (what was said before the prompt,
     as (role, words)), `compared` (row → has a column), `multipliers` (name → 0 to 2), `blends` (columns that have rows of
     their own), the sampling, `marks` (what sets words off), `blind` (hide names from the next generation on).
     About the columns: `shown` (of the history, or None), `hidden` (their names are hidden now), `scored` (grows when base
     has read answers that are shown), `verdict` (the rows of `lab.verify` for what is shown), `code` (the Python of the
     last click). `found`: adapters on the Hub for this base, as (id, words).
+    `lesson`: what was read to be trained on, in words; "" as long as nobody has looked.
     About the panel itself: `busy` (what runs now, in words; "" when idle), `stoppable`, `notice`, `closed`.
     """
 
@@ -127,6 +135,7 @@ class PanelState(t.HasTraits):
     verdict = t.Tuple()
 
     found = t.Tuple()
+    lesson = t.Unicode()
     busy = t.Unicode()
     stoppable = t.Bool(False)
     notice = t.Instance(Notice, allow_none=True)
@@ -268,7 +277,7 @@ def read_rows(lab: AdapterLab) -> list[Row]:
         kind = method_label(info.method) + (f" · rank {info.r}" if info.r else "")
         share = info.parameters / max(base.parameters, 1)
         fixed = info.multiplier_obstacle
-        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, fixed=fixed))
+        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, fixed=fixed, method=info.method))
     return rows
 
 

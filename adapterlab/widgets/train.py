@@ -1,71 +1,37 @@
-"""The Train tab: which adapter learns, and the few lines with which one's own Trainer trains it."""
+"""The Train tab: the form, the training to look at, and below them how one's own Trainer does it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
-from typing import Any
 
 import ipywidgets as w
 
-from adapterlab.widgets.compat import classes, set_tooltip
+from adapterlab.widgets.compat import classes
+from adapterlab.widgets.data_form import Examples
+from adapterlab.widgets.own_trainer import OwnTrainer
 from adapterlab.widgets.state import PanelState
-
-NOBODY = "none"
+from adapterlab.widgets.train_form import TrainForm, TrainingWish
+from adapterlab.widgets.train_run import RunView
 
 
 class TrainView:
-    """Calls `on_trainable(name_or_None)` when another adapter is chosen; what is chosen comes from `state.trainable`."""
+    """The functions are those of the form's and the fold's buttons."""
 
-    def __init__(self, state: PanelState, on_trainable: Callable[[str | None], object]) -> None:
-        self._state, self._on_trainable, self._rendering = state, on_trainable, False
-        self.name = classes(w.Dropdown(options=[(NOBODY, "")], description="Trainable adapter"), "alab-wide")
-        set_tooltip(self.name, "lab.set_trainable: its parameters require gradients, and no others do")
-        self.code = classes(w.HTML(), "alab-code")
+    def __init__(
+        self,
+        state: PanelState,
+        run: RunView,
+        on_train: Callable[[Callable[[], TrainingWish]], object],
+        on_check: Callable[[Callable[[], tuple[Examples, float | None]]], object],
+        on_stop: Callable[[], object],
+        on_trainable: Callable[[str | None], object],
+    ) -> None:
+        self.form = TrainForm(state, on_train, on_check, on_stop)
+        self.run = run
+        self.own = OwnTrainer(state, on_trainable)
         title = w.HTML(
-            '<div class="alab-title">Train<span class="alab-muted"> with a Trainer of your own, in a cell</span></div>'
+            '<div class="alab-title">Train<span class="alab-muted"> '
+            "an adapter on examples of yours; base and the others keep every bit</span></div>"
         )
-        self.box = classes(w.VBox([title, classes(w.HBox([self.name]), "alab-form"), self.code]), "alab-section")
-        self.name.observe(self._choose, "value")
-        state.observe(lambda _: self._render(), ["rows", "trainable", "busy", "closed"])
-        self._render()
-
-    def _choose(self, change: dict[str, Any]) -> None:
-        with self._state.lock:
-            chosen = not self._rendering and change["new"] != self._state.trainable
-        if chosen:
-            self._on_trainable(change["new"] or None)
-            self._render()  # until the lab has done it
-
-    def _render(self) -> None:
-        with self._state.lock:
-            self._draw()
-
-    def _draw(self) -> None:
-        state = self._state
-        options = [(NOBODY, ""), *((name, name) for name in state.adapter_names)]
-        self._rendering = True
-        try:
-            if tuple(self.name.options) != tuple(options):
-                self.name.options = options
-            self.name.value = state.trainable if state.trainable in state.adapter_names else ""
-        finally:
-            self._rendering = False
-        self.name.disabled = bool(state.busy) or state.closed
-        self.code.value = f"<pre>{escape(trainer_code(state.trainable))}</pre>"
-
-
-def trainer_code(name: str) -> str:
-    """Lines to paste that train adapter `name`; without one, what to do first."""
-    if not name:
-        return "# Choose an adapter above, or add a new one: a new adapter is the trainable one."
-    return "\n".join(
-        [
-            "from transformers import Trainer, TrainingArguments",
-            "",
-            f"lab.set_trainable({name!r})",
-            'arguments = TrainingArguments("training", max_steps=40, learning_rate=2e-4, report_to="none")',
-            f"with lab.using({name!r}) as model:  # the panel waits meanwhile",
-            "    Trainer(model=model, args=arguments, train_dataset=...).train()",
-        ]
-    )
+        parts = [title, self.form.box, run.box, self.own.fold.button, self.own.fold.body]
+        self.box = classes(w.VBox(parts), "alab-section")
