@@ -67,6 +67,22 @@ def inspect(page: Page) -> None:
     page.locator(".alab-verdict table").wait_for(timeout=PATIENCE)
 
 
+def train(page: Page) -> None:
+    """An AdaLoRA adapter that learns the pirate's first dozen answers anew, in the middle of it."""
+    from adapterlab.demo import demo_training_pairs
+
+    pairs = demo_training_pairs("pirate")[:15]
+    page.get_by_role("button", name="Train", exact=True).click()
+    form = page.locator(".alab-train")
+    form.get_by_label("Examples", exact=True).fill("\n".join(f"{question} => {answer}" for question, answer in pairs))
+    form.get_by_label("Name").fill("mine")
+    form.get_by_label("Method").select_option("AdaLoRA")
+    form.get_by_label("Target modules").select_option(["q_proj", "v_proj", "up_proj", "down_proj"])
+    form.get_by_label("Held-out share").fill("0.2")
+    page.get_by_role("button", name="Start training").click()
+    page.locator('.alab-run[data-step="26"]').wait_for(timeout=2 * PATIENCE)
+
+
 def in_mid_stream(page: Page) -> None:
     """While the columns are being written, one of them a blend."""
     page.get_by_role("button", name="Blend adapters").click()
@@ -94,6 +110,7 @@ SHOTS = {
     "panel-streaming": Shot(1200, act=in_mid_stream),
     "panel-wide": Shot(1600),
     "panel-inspect": Shot(1200, act=inspect),
+    "panel-train": Shot(1200, act=train),
 }
 
 

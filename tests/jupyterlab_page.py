@@ -130,6 +130,8 @@ def _served(
             try:
                 server.wait(30)
             except subprocess.TimeoutExpired:
+                if own_group:
+                    os.killpg(server.pid, signal.SIGKILL)  # where Ctrl-C is ignored, as in a shell's background
                 server.kill()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,14 @@ class TestTheRun:
         assert "step/s" in told
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[Any]:
+    """Python's own handler, also where the tests were started with Ctrl-C ignored, as a shell does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
 class TestStop:
     def test_stop_keeps_what_was_learned(self, lab: AdapterLab) -> None:
         run = lab.train("new", PAIRS, max_steps=50, callbacks=[At(3, lab.stop)], **LORA, **QUIET)
@@ -361,9 +370,9 @@ class TestStop:
         assert (run.steps, run.stopped_early) == (2, True)
         assert lab.trainable is None
 
-    def test_ctrl_c_finishes_the_step_and_gives_the_run(self, lab: AdapterLab) -> None:
+    def test_ctrl_c_finishes_the_step_and_gives_the_run(self, lab: AdapterLab, ctrl_c: Any) -> None:
         before = signal.getsignal(signal.SIGINT)
-        press = At(2, lambda: signal.raise_signal(signal.SIGINT))
+        press = At(2, ctrl_c)
         run = lab.train("new", PAIRS, max_steps=50, callbacks=[press], **LORA, **QUIET)
         assert (run.steps, run.stopped_early) == (2, True)
         assert signal.getsignal(signal.SIGINT) is before
@@ -379,12 +388,12 @@ class TestStop:
         trainer.remove_callback(Evaluating)
         assert trainer.evaluate()["eval_loss"] > 0, "an old Stop is not for what comes later"
 
-    def test_a_second_ctrl_c_does_not_wait(self, lab: AdapterLab) -> None:
+    def test_a_second_ctrl_c_does_not_wait(self, lab: AdapterLab, ctrl_c: Any) -> None:
         class Twice(TrainerCallback):
             def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 2:
-                    signal.raise_signal(signal.SIGINT)
-                    signal.raise_signal(signal.SIGINT)
+                    ctrl_c()
+                    ctrl_c()
 
         run = lab.train("new", PAIRS, max_steps=9, per_device_train_batch_size=1, gradient_accumulation_steps=3,
                         callbacks=[Twice()], **LORA, **QUIET)  # fmt: skip
