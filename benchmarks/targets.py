@@ -5,11 +5,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from record import Part, Results, Timing
+from record import Part, Results
 from workloads import ADAPTERS, MODELS
 
 LORA, MIXED = ADAPTERS["lora"], ADAPTERS["mixed"]
+
+
+class Measured(Protocol):
+    """A contender's seconds, which can be held against another's."""
+
+    def over(self, other: Any) -> tuple[float, float, float]:
+        """Median, smallest and largest ratio over rounds."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +49,15 @@ def _lora_rows(part: Part) -> Iterator[Target]:
     n = part.columns[-1]
     what = f"base + {n - 1} LoRA"
     lab, floor, one = part.find("lab", n), part.find("floor", n), part.find("one")
-    yield from _at_most(f"{what}: lab / floor", lab, floor, 1.10)
-    yield from _ratio(f"{what}: lab / one base generation", lab, one, "as near the floor as that gives")
-    yield from _ratio(f"{what}: floor / one base generation", floor, one, "")
+    yield from at_most(f"{what}: lab / floor", lab, floor, 1.10)
+    yield from ratio_row(f"{what}: lab / one base generation", lab, one, "as near the floor as that gives")
+    yield from ratio_row(f"{what}: floor / one base generation", floor, one, "")
     yield from _at_least(f"{what}: PEFT `adapter_names` / lab", part.find("peft_batch", n), lab, 2.0)
     yield from _at_least(f"{what}: in turn / lab", part.find("in_turn", n), lab, 5.0)
     yield from _at_least(f"{what}: pre-merged in turn / lab", part.find("merged", n), lab, 4.2)
-    yield from _at_most("one adapter through the lab / base alone", part.find("lab_one"), one, 1.08)
-    yield from _ratio("one adapter through PEFT / base alone", part.find("in_turn_one"), one, "")
-    yield from _at_most("one column more on a finished comparison / one generation", part.find("one_more"), one, 1.1)
+    yield from at_most("one adapter through the lab / base alone", part.find("lab_one"), one, 1.08)
+    yield from ratio_row("one adapter through PEFT / base alone", part.find("in_turn_one"), one, "")
+    yield from at_most("one column more on a finished comparison / one generation", part.find("one_more"), one, 1.1)
     rerun = part.find("rerun")
     if rerun is not None:
         spread = f"{1e3 * min(rerun.seconds):.1f} to {1e3 * max(rerun.seconds):.1f}"
@@ -68,8 +76,8 @@ def _mixed_rows(part: Part) -> Iterator[Target]:
     n = part.columns[-1]
     what = f"base + {n - 1} mixed"
     lab = part.find("lab", n)
-    yield from _at_most(f"{what}: lab / floor", lab, part.find("floor", n), 1.15)
-    yield from _ratio(f"{what}: lab / one base generation", lab, part.find("one"), "")
+    yield from at_most(f"{what}: lab / floor", lab, part.find("floor", n), 1.15)
+    yield from ratio_row(f"{what}: lab / one base generation", lab, part.find("one"), "")
     yield from _at_least(f"{what}: in turn / lab", part.find("in_turn", n), lab, 5.0)
     yield from _at_least(f"{what}: pre-merged in turn / lab", part.find("merged", n), lab, 4.2)
     yield _memory(f"{what}: ", part)
@@ -82,16 +90,22 @@ def _memory(what: str, part: Part) -> Target:
     )
 
 
-def _at_most(text: str, mine: Timing | None, other: Timing | None, limit: float) -> Iterator[Target]:
-    return _ratio(text, mine, other, f"≤ {limit:.2f}", high=limit)
+def at_most(text: str, mine: Measured | None, other: Measured | None, limit: float) -> Iterator[Target]:
+    return ratio_row(text, mine, other, f"≤ {limit:.2f}", high=limit)
 
 
-def _at_least(text: str, mine: Timing | None, other: Timing | None, limit: float) -> Iterator[Target]:
-    return _ratio(text, mine, other, f"≥ {limit:.1f}", low=limit)
+def _at_least(text: str, mine: Measured | None, other: Measured | None, limit: float) -> Iterator[Target]:
+    return ratio_row(text, mine, other, f"≥ {limit:.1f}", low=limit)
 
 
-def _ratio(
-    text: str, mine: Timing | None, other: Timing | None, wanted: str, *, low: float = 0.0, high: float | None = None
+def ratio_row(
+    text: str,
+    mine: Measured | None,
+    other: Measured | None,
+    wanted: str,
+    *,
+    low: float = 0.0,
+    high: float | None = None,
 ) -> Iterator[Target]:
     """The ratio's row, if this run measured both; without a limit, it is neither met nor missed."""
     if mine is None or other is None:

@@ -131,8 +131,11 @@ def method_of(name: str) -> str:
     return name.rsplit("-", 1)[0]
 
 
-def write_adapters(model: Any, configs: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Make each adapter by plain PEFT, with weights that act, and save it: name → folder. `model` stays as it was."""
+def write_adapters(model: Any, configs: dict[str, Any], folder: Path, *, acting: bool = True) -> dict[str, Path]:
+    """Make each adapter by plain PEFT and save it: name → folder. `model` stays as it was.
+
+    acting: with weights that act, also where the method starts with none that do; else as PEFT starts it.
+    """
     import torch
     from peft import get_peft_model
 
@@ -142,7 +145,7 @@ def write_adapters(model: Any, configs: dict[str, Any], folder: Path) -> dict[st
         with quiet_peft():
             peft_model = get_peft_model(share(model), config)
         with torch.no_grad():
-            for key, parameter in peft_model.named_parameters():
+            for key, parameter in peft_model.named_parameters() if acting else ():
                 if "ia3_l" in key:
                     parameter.uniform_(0.7, 1.3)
                 elif "lora_E" in key:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import checks
 import compare
+import train
 from measure import run_part
 from record import Check, Memory, Part, Results, Timing
 from report import markdown
 from rounds import Timed, in_turn, summarise
 from targets import target_rows
 from tensors import StorageCounter
+from train_memory import METHODS, footprint, measure_footprint
+from train_record import Agreement, Footprint, Padding, Race, StepTimes, TrainResults, Work
+from train_report import markdown as train_page
+from train_report import target_rows as train_targets
+from train_steps import (
+    TrainPlan,
+    batch_widths,
+    equal_tensors,
+    equal_triplets,
+    padding_share,
+    padding_shares,
+    run_padding,
+    run_race,
+)
 from workloads import ADAPTERS, MODELS, Plan, adapter_configs
 
 
@@ -196,3 +211,171 @@ def test_a_wrong_token_of_the_lab_ends_the_run(monkeypatch: pytest.MonkeyPatch) 
     plan = Plan("tiny", "lora", "float32", columns=(1,), rounds=2, new_tokens=4)
     with pytest.raises(checks.WrongToken, match="logits below plain PEFT's choice"):
         run_part(plan, report=lambda line: None, model=tiny_llama(), tokenizer=tiny_tokenizer(chat=True))
+
+
+# Training
+
+
+def race(lab: float = 1.01, adalora: float = 1.05, **changes: Any) -> Race:
+    """Plain Trainer takes 1 s for one batch and 2 s for the other; the others so many times that."""
+    factors = {"plain_lora": 1.0, "plain_lora_again": 1.0, "lab_lora": lab, "lab_adalora": adalora, "peft_adalora": 1.3}
+    made = Race(
+        layers=210,
+        r=12,
+        target_r=8,
+        batch=8,
+        warm=2,
+        widths=(74, 60),
+        times=tuple(StepTimes(who, ((f, 2 * f), (1.1 * f, 2.2 * f), (f, 3 * f))) for who, f in factors.items()),
+        work=tuple(
+            Work(who, what, (0.02, 0.01, 0.03))
+            for who in ("lab_adalora", "peft_adalora")
+            for what in ("orthogonal term", "scoring and pruning")
+        ),
+        equal=(Agreement("tensors", 420, 420), Agreement("triplets", 2519, 2520)),
+    )
+    return replace(made, **changes)
+
+
+def padding() -> Padding:
+    times = (StepTimes("random", ((1.0, 1.0), (1.0, 3.0))), StepTimes("group_by_length", ((1.0, 0.9), (1.9, 1.9))))
+    shares = {"random": (0.08, 0.12), "transformers": (0.1, 0.1), "group_by_length": (0.01, 0.03)}
+    return Padding(58, 8, (59, 66.7, 74), shares, times)
+
+
+def train_results(**parts: Any) -> TrainResults:
+    footprints = tuple(
+        Footprint(method, 100, 1_000_000, 400, 400, 800, 0, 3_000_000, 4_000_000, 500, (("aten.mm (8, 9)", 9),))
+        for method in METHODS
+    )
+    made = TrainResults(
+        {"processor": "a machine"}, "2030-01-01 00:00 UTC", MODELS["demo"], race(), padding(), footprints
+    )
+    return made.having(**parts)
+
+
+def test_training_results_survive_json_and_nothing_else_is_taken_for_them() -> None:
+    for made in (train_results(), train_results(race=None, padding=None, memory=())):
+        assert TrainResults.from_json(made.to_json()) == made
+    with pytest.raises(ValueError, match="no adapterlab-training-benchmark"):
+        TrainResults.from_json(results(part()).to_json())
+
+
+def test_steps_are_held_against_those_on_the_same_batch() -> None:
+    mine = StepTimes("a", ((1.1, 10.0, 33.0), (2.0, 2.0, 20.0)))
+    theirs = StepTimes("b", ((1.0, 10.0, 30.0), (1.0, 2.0, 10.0)))
+    assert mine.over(theirs) == (pytest.approx(1.55), pytest.approx(1.1), 2.0)
+    assert mine.median == 6.0
+    assert mine.epoch_over(theirs)[1] == pytest.approx(44.1 / 41)
+
+
+def test_training_targets_are_met_or_not_by_the_numbers() -> None:
+    rows = {row.text: row for row in train_targets(train_results())}
+    assert rows["LoRA step: lab / plain `Trainer`"].measured == "1.010 (1.01 to 1.01)"
+    assert rows["LoRA step: lab / plain `Trainer`"].met
+    assert rows["AdaLoRA step / LoRA step, both in the lab, r = 12"].met  # 1.05 / 1.01
+    assert rows["AdaLoRA step by PEFT's own / LoRA step by plain `Trainer`"].verdict == ""
+    assert rows["LoRA weights after the run: lab and plain `Trainer` equal to the bit"].met
+    triplets = rows["AdaLoRA after the run: lab and PEFT keep the same triplets"]
+    assert (triplets.measured, triplets.verdict) == ("2519 of 2520 triplets", "**not met**")
+    slow = {row.text: row for row in train_targets(train_results(race=race(lab=1.03, adalora=1.2)))}
+    assert not slow["LoRA step: lab / plain `Trainer`"].met
+    assert not slow["AdaLoRA step / LoRA step, both in the lab, r = 12"].met
+
+
+def test_the_training_page_has_every_part_and_only_those_measured() -> None:
+    page = train_page(train_results())
+    assert "| **(c) AdaLoRA: `lab.trainer`** | 1.733 | 1.050 (1.05 to 1.05) |" in page
+    assert "| (d) PEFT: orthogonal term | 20.0 |" in page
+    assert "| **rows of like length together, the lab's default** | 2.0 % | 2.85 | 0.950 (0.95 to 0.95) |" in page
+    assert "| transformers' `group_by_length` | 10.0 % | – | – |" in page
+    assert "| of these above the model | 2.0 | 2.0 | 2.0 | 2.0 |" in page
+    assert "The largest at the peak, IA3: aten.mm (8, 9) 0 MB." in page
+    alone = train_page(train_results(race=None, padding=None))
+    assert "## Memory" in alone
+    assert "## Padding" not in alone
+
+
+def test_training_is_rendered_from_json_alone(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(train_results().to_json(), encoding="utf-8")
+    train.main(["--render", "--output", str(tmp_path)])
+    assert (tmp_path / "train.md").read_text(encoding="utf-8") == train_page(train_results())
+
+
+def test_the_training_command_line() -> None:
+    assert train.plan_of(train.parse([])) == TrainPlan()
+    assert TrainPlan().rounds >= 5
+    quick = train.plan_of(train.parse(["--quick", "--steps", "3", "--part", "steps"]))
+    assert (quick.rounds, quick.steps, quick.total) == (1, 3, 5)
+    for wrong in (["--rounds", "0"], ["--part", "nothing"]):
+        with pytest.raises(SystemExit):
+            train.parse(wrong)
+
+
+def test_the_share_of_padding() -> None:
+    assert padding_share([2, 4, 1], batch=2) == pytest.approx(2 / 9)  # a last batch of one has none
+    shares = padding_shares([3, 9] * 32, batch=8, epochs=5)
+    assert set(shares["group_by_length"]) == {0.0}
+    assert all(share > 0.1 for share in shares["random"])
+    assert {len(epochs) for epochs in shares.values()} == {5}
+
+
+def test_batches_come_round_and_the_last_rows_are_left_out() -> None:
+    plan = TrainPlan(steps=3, batch=2)
+    assert list(batch_widths([1, 2, 3, 4, 5, 6, 99], plan)) == [6, 2, 4]
+
+
+def test_tensors_are_equal_to_the_bit_and_under_the_same_name() -> None:
+    one, almost = torch.ones(2), torch.ones(2) + 1e-7
+    assert equal_tensors({"a": one, "b": one}, {"a": one.clone(), "b": almost}) == (1, 2)
+    assert equal_tensors({"a": one}, {"b": one}) == (0, 2)
+    assert Agreement.fewest("tensors", [(2, 2), (1, 2), (2, 2)]) == Agreement("tensors", 1, 2)
+
+
+def test_triplets_are_equal_where_both_keep_or_both_drop() -> None:
+    assert equal_triplets({"a": [True, False], "b": [True, True]}, {"a": [True, True], "b": [True, True]}) == (3, 4)
+    assert equal_triplets({"a": [True, False]}, {}) == (0, 2)
+
+
+def tiny_lessons() -> tuple[Any, Any, list[dict[str, list[int]]]]:
+    rows = [list(range(7, 7 + length)) for length in (5, 9, 4, 8, 6, 7, 5, 9)]
+    lessons = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows]
+    return tiny_llama(), tiny_tokenizer(chat=True), lessons
+
+
+def test_a_tiny_race_ends_equal() -> None:
+    model, tokenizer, lessons = tiny_lessons()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    plan = TrainPlan("tiny", rounds=2, steps=3, batch=2, r=6)
+    told: list[str] = []
+    made = run_race(plan, model, tokenizer, lessons, told.append)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert {len(steps) for times in made.times for steps in times.rounds} == {3}
+    assert (made.rounds, made.layers, made.widths) == (2, 14, (7, 9, 9))
+    assert {len(work.seconds) for work in made.work} == {6}
+    tensors, triplets = made.equal
+    assert (tensors.equal, tensors.of) == (28, 28), "A and B of 14 layers"
+    assert triplets.equal == triplets.of == 14 * 6
+    assert len(told) == 2
+    assert TrainResults.from_json(train_results(race=made).to_json()).race == made
+
+
+def test_tiny_epochs_in_both_orders() -> None:
+    made = run_padding(TrainPlan("tiny", rounds=1, batch=4, r=2), *tiny_lessons(), lambda line: None)
+    assert [(times.contender, len(times.rounds[0])) for times in made.times] == [("random", 2), ("group_by_length", 2)]
+    assert made.lengths == (4, 6.625, 9)
+    assert "## Padding" in train_page(train_results(padding=made))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bytes_of_a_tiny_training(method: str) -> None:
+    model, tokenizer, lessons = tiny_lessons()
+    found = measure_footprint(method, TrainPlan("tiny", steps=1, batch=2, r=6), model, tokenizer, lessons)
+    assert found.parameters == found.gradients == 4 * found.trained
+    assert 2 * found.parameters <= found.optimizer <= 2 * found.parameters + 400 * 4, "two moments, and steps counted"
+    averages = 2 * found.parameters + 14 * 6 if method == "adalora" else 0  # and which triplets stay
+    assert found.allocation == averages
+    assert found.checkpoint >= found.parameters
+    held = found.optimizer + found.allocation + (0 if method == "full" else found.parameters)
+    assert found.peak > found.base + held
+    assert footprint(json.dumps(asdict(found))) == found
