@@ -171,11 +171,12 @@ def test_nodes_and_scroll_position_survive_streaming(panel: Locator) -> None:
 def test_a_blend_speaks_in_a_column_of_its_own(panel: Locator) -> None:
     button(panel, "▸ Blend adapters").click()
     button(panel, "Add blend").click()
-    label = "pirate × 0.5 + robot × 0.5"
+    label = "pirate × 0.5 + robot × 0.5 + bard × 0.5"
     panel.locator(".alab-card h4").get_by_text(label).wait_for()
     generate(panel)
     assert headings(panel) == [*ALL, label]
-    blend = f"lab.compare({PROMPT!r}, [{{'pirate': 0.5, 'robot': 0.5}}], max_new_tokens={TOKENS}).generations[0].text"
+    parts = dict.fromkeys(ALL[1:], 0.5)
+    blend = f"lab.compare({PROMPT!r}, [{parts!r}], max_new_tokens={TOKENS}).generations[0].text"
     assert card_texts(panel)[label] == json_from_kernel(panel.page, "", blend)
     panel.locator(".alab-row").last.get_by_role("button", name="Remove").click()
     panel.locator(".alab-row").nth(len(ALL)).wait_for(state="detached")
