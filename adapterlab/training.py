@@ -28,7 +28,7 @@ DEFAULT_BATCH = 8
 MOST_ROWS_OF_HISTORY = 200  # a short run logs each step
 # Learning rates that taught the demo model a style in some forty steps; per method, since IA3's few numbers need large steps
 LEARNING_RATES = {"IA3": 8e-3, "ADALORA": 1e-2}
-DEFAULT_LEARNING_RATE = 1e-3
+DEFAULT_LEARNING_RATE = 2e-3
 # transformers 5.23 renamed these; either name will do with either version
 _NEW_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",

@@ -20,7 +20,7 @@ from standins import tiny_llama, tiny_tokenizer
 
 from adapterlab import AdapterLab, AdapterLabError
 from adapterlab.runs import TrainingRun, history_frame, ranks_frame
-from adapterlab.training import LEARNING_RATES
+from adapterlab.training import DEFAULT_LEARNING_RATE, LEARNING_RATES
 from adapterlab.watching import Progress, watching
 from adapterlab.widgets import Panel, build_panel, data_form, train_run
 from adapterlab.widgets.charts import loss_chart, ranks_table
@@ -70,7 +70,13 @@ class TestForm:
         form.steps.value = 3
         form.train.click()
         lab.wait()
-        wanted = {"method": "lora", "r": 8, "target_modules": ["q_proj"], "max_steps": 3, "learning_rate": 1e-3}
+        wanted = {
+            "method": "lora",
+            "r": 8,
+            "target_modules": ["q_proj"],
+            "max_steps": 3,
+            "learning_rate": DEFAULT_LEARNING_RATE,
+        }
         assert trained(lab) == ("mine", PAIRS, wanted)
         assert "Trained 'mine': 3 steps in 6.0 s, loss 4.000 → 1.333. It is a column in Compare." in said(
             panel.notice.html
@@ -93,7 +99,7 @@ class TestForm:
         form.train.click()
         lab.wait()
         _, _, keywords = trained(lab)
-        rate = LEARNING_RATES.get(method.upper(), 1e-3)
+        rate = LEARNING_RATES.get(method.upper(), DEFAULT_LEARNING_RATE)
         assert keywords == {"method": method, **config, "max_steps": 1, "learning_rate": rate}
 
     def test_a_learning_rate_of_ones_own_stays(self, panel: Panel) -> None:
