@@ -42,7 +42,9 @@ class AdaLoraCallback(TrainerCallback):
     without the weight) and `ranks` (long frame: step, layer, module, rank, score) tell what happened, and `rank_pattern`
     which triplets stay. A `PeftModel`'s config gets it too, so that it saves the small file; a native model's does not,
     since transformers can neither save nor load that one. Checkpoints hold all triplets and the averages: resuming goes on
-    where they were. Raises `AdapterLabError` where no AdaLoRA can be trained. Of the model only λ and gradients change.
+    where they were. After an exception out of a Trainer of your own, `finish()` brings the model to what the pattern says and
+    a `PeftModel` to its own forward; the lab calls it by itself. Raises `AdapterLabError` where no AdaLoRA can be trained.
+    Of the model only λ and gradients change.
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:
