@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import warnings
@@ -12,19 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapterlab.columns import BASE, Column, ColumnLike
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
+from adapterlab.guards import changes_state, exclusive
+from adapterlab.looking import Looking
 from adapterlab.notices import say
 
 if TYPE_CHECKING:
     import pandas as pd
     from huggingface_hub import ModelCard
     from ipywidgets import Widget
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -35,37 +34,10 @@ if TYPE_CHECKING:
     from adapterlab.trainer import AdapterTrainer, Session
 
 _MARK = "_adapterlab"  # on the model: whose lab it is in
-F = TypeVar("F", bound=Callable[..., Any])
 Listener = Callable[[str], None]
 
 
-def _changes_state(method: F) -> F:
-    """One call at a time, on an open lab, and not from inside `using` or a running comparison."""
-
-    @functools.wraps(method)
-    def guarded(self: AdapterLab, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            self._check_open()
-            self._adapters.check_idle()
-            return method(self, *args, **kwargs)
-
-    return guarded  # type: ignore[return-value]
-
-
-def _exclusive(method: F) -> F:
-    """One call at a time, on an open lab."""
-
-    @functools.wraps(method)
-    def locked(self: AdapterLab, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            self._check_open()
-            self._check_no_run()
-            return method(self, *args, **kwargs)
-
-    return locked  # type: ignore[return-value]
-
-
-class AdapterLab:
+class AdapterLab(Looking):
     """One base model with its tokenizer and any number of PEFT adapters of any method.
 
     model: a Hub id or folder of a model or of an adapter (then its base is loaded and the adapter selected), a
@@ -107,6 +79,7 @@ class AdapterLab:
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self.history: list[Comparison] = []
         self._finished = FinishedColumns()
+        self._last_operation = None
         old = held_by_target(AdapterLab)
         if old is not None and getattr(model, "__dict__", {}).get(_MARK) is not None:
             old.close()  # the same objects again: they come back as they were, and go into the new lab
@@ -160,7 +133,7 @@ class AdapterLab:
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
-    @_changes_state
+    @changes_state
     def load_adapter(
         self,
         repo_or_path: str | os.PathLike[str],
@@ -192,7 +165,7 @@ class AdapterLab:
         self._tell("adapters")
         return name
 
-    @_changes_state
+    @changes_state
     def add_adapter(self, config_or_method: PeftConfig | str, adapter_name: str = "default", **config: Any) -> None:
         """Add a fresh adapter, select it and make it the trainable one.
 
@@ -203,7 +176,7 @@ class AdapterLab:
         self._adapters.add(config_or_method, adapter_name, **config)
         self._tell("adapters")
 
-    @_changes_state
+    @changes_state
     def set_adapter(self, column: ColumnLike) -> None:
         """Select what acts in `lab.model`: a name, a list, a dict of multipliers, or None for base. Selecting an
         adapter enables adapters; selecting base leaves that as it was. Takes well under a millisecond.
@@ -213,33 +186,33 @@ class AdapterLab:
         self._adapters.select(column)
         self._tell("state")
 
-    @_changes_state
+    @changes_state
     def enable_adapters(self) -> None:
         """Let the selection act again."""
         self._adapters.set_enabled(True)
         self._tell("state")
 
-    @_changes_state
+    @changes_state
     def disable_adapters(self) -> None:
         """Let the bare base act, whatever is selected; the selection stays."""
         self._adapters.set_enabled(False)
         self._tell("state")
 
-    @_changes_state
+    @changes_state
     def set_trainable(self, adapter_name: str | None) -> None:
         """Make one adapter's parameters require gradients and all others not; None for no adapter. Selects nothing:
         a `Trainer` of your own trains it while it is selected too."""
         self._adapters.set_trainable(adapter_name)
         self._tell("state")
 
-    @_changes_state
+    @changes_state
     def delete_adapter(self, adapter_name: str) -> int:
         """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said."""
         freed = self._adapters.delete(adapter_name)
         self._tell("adapters")
         return freed
 
-    @_changes_state
+    @changes_state
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -283,7 +256,7 @@ class AdapterLab:
         self._adapters.take_made(config, adapter_name, state, source)
         self._tell("adapters")
 
-    @_exclusive
+    @exclusive
     def merge_and_unload(self, column: ColumnLike, folder: str | os.PathLike[str] | None = None) -> PreTrainedModel:
         """A plain transformers model of its own, with the column merged into its weights; the lab is left as it is.
 
@@ -302,7 +275,7 @@ class AdapterLab:
                         part.save_pretrained(str(beside))
         return plain
 
-    @_exclusive
+    @exclusive
     def save_adapter(self, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
         """Save one adapter as plain PEFT does, whatever else the lab holds; written beside and renamed."""
         from adapterlab.storage import write_adapter
@@ -314,7 +287,7 @@ class AdapterLab:
         self._tell("adapters")
         return written
 
-    @_exclusive
+    @exclusive
     def model_card(self, adapter_name: str, repo_id: str | None = None) -> ModelCard:
         """What others should know of an adapter, as a `huggingface_hub.ModelCard`: `str(card)` is the Markdown,
         `card.save("README.md")` writes it.
@@ -369,7 +342,7 @@ class AdapterLab:
                 self._tell("adapters")
         return address
 
-    @_exclusive
+    @exclusive
     def check_adapter(
         self,
         repo_or_path: str | os.PathLike[str],
@@ -492,7 +465,7 @@ class AdapterLab:
             self._tell("history")
         return comparison
 
-    @_exclusive
+    @exclusive
     def _run(
         self, prompt: Any, columns: Any, *, chat: Any = "auto", on_token: Any = None, **sampling: Any
     ) -> Comparison:
@@ -529,7 +502,7 @@ class AdapterLab:
                 self._running = None
                 self._tell("running")
 
-    @_exclusive
+    @exclusive
     def clear_cache(self) -> None:
         """Forget the columns that are finished: the next comparison generates all of its own.
 
@@ -538,7 +511,7 @@ class AdapterLab:
         """
         self._finished.clear()
 
-    @_exclusive
+    @exclusive
     def verify(self, comparison: Comparison | None = None) -> pd.DataFrame:
         """Recompute each column through plain PEFT on its own and say what agrees; without an argument, of `lab.last`.
 
@@ -756,45 +729,7 @@ class AdapterLab:
 
         return Session(name, self._adapters, training, using, self._stop)
 
-    # -- looking -----------------------------------------------------------------------------------------------
-
-    def summary(self) -> pd.DataFrame:
-        """One row per adapter: adapter, method, r, parameters, megabytes (10⁶ bytes), share (of the base's
-        parameters), multiplier, active, trainable, status. Reads no weights and waits for nobody."""
-        from adapterlab.inspection import summary_frame
-
-        self._check_open()
-        return summary_frame(self._adapters)
-
-    def parameters(self) -> pd.DataFrame:
-        """One row per owner, the base first: owner, parameters, trainable, effective, bytes, dtype, share_of_base."""
-        from adapterlab.inspection import parameters_frame
-
-        self._check_open()
-        return parameters_frame(self._adapters)
-
-    def plot_parameters(self, ax: Axes | None = None) -> Figure:
-        """`parameters()` as bars: base against each adapter. Draws into `ax` if given; the figure shows itself."""
-        from adapterlab.plots import plot_parameters
-
-        return plot_parameters(self.parameters(), ax=ax).get_figure(root=True)  # type: ignore[return-value]
-
-    def ranks(self, adapter_name: str) -> pd.DataFrame:
-        """Where an AdaLoRA adapter's ranks are: one row per adapted layer: layer, module, rank (kept), init_r.
-
-        Raises `AdapterLabError` for a method that allocates no ranks. Reads λ alone, and waits for nobody.
-        """
-        from adapterlab.inspection import ranks_frame_of
-
-        self._check_open()
-        name = self._adapters.known(adapter_name)
-        return ranks_frame_of(self._adapters.mounts.adapters[name], name)
-
-    def plot_ranks(self, adapter_name: str, ax: Axes | None = None) -> Figure:
-        """`ranks(name)` as a heatmap of layers and modules. Draws into `ax` if given; the figure shows itself."""
-        from adapterlab.plots import plot_ranks
-
-        return plot_ranks(self.ranks(adapter_name), ax=ax).get_figure(root=True)  # type: ignore[return-value]
+    # -- as a cell's result, and the panel -------------------------------------------------------------------------
 
     def status(self) -> str:
         """The lab in one line of words: name, size, dtype, memory, device, and what acts now."""
