@@ -4,7 +4,6 @@ ARCHITECTURE.md. PEFT mixes selection, enabling and training; here they are apar
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +28,13 @@ class Adapters:
     Not thread-safe: the lab holds the lock. The base is frozen as long as it is here.
     """
 
-    def __init__(self, model: PreTrainedModel, base_path: str) -> None:
+    def __init__(self, model: PreTrainedModel, base_path: str, base_file: int | None = None) -> None:
         from adapterlab.fingerprints import base_digest
         from adapterlab.mounts import Mounts
 
         self.model: Any = model
         self.base_path = base_path
+        self.base_file = base_file  # bytes of the files that the base was read from, if known
         self.selection = Column()
         self.enabled = True
         self.trainable: str | None = None
@@ -260,7 +260,7 @@ class Adapters:
         config = make_config(config_or_method, **fields)
         check_config(config, name)
         config.base_model_name_or_path = self.base_path
-        self._check_size(config, name)
+        size = self._check_size(config, name)
         self.impose()
         try:
             mounted = self.mounts.inject(config, name)
@@ -270,7 +270,9 @@ class Adapters:
             raise AdapterLabError(f"{name!r} can't be added: {self._pefts_words(error)}") from error
         self.mounts.add(name, mounted)
         digest = adapter_digest(mounted.layers, name)
-        self.records[name] = Record("added here", digest, is_noop(mounted, name), digest, initial=digest)
+        self.records[name] = Record(
+            "added here", digest, is_noop(mounted, name), digest, initial=digest, file_bytes=size
+        )
         self._make_trainable(name)
         self.select(name)
 
@@ -306,10 +308,11 @@ class Adapters:
         self.records[name].loaded = None
         self.select(name)
 
-    def note_saved(self, name: str) -> None:
-        """Remember that the weights as they are now are on disk."""
+    def note_saved(self, name: str, size: int | None = None) -> None:
+        """Remember that the weights as they are now are on disk, in a file of `size` bytes."""
         record, digest = self.records[name], self.refresh([name])[name]
         record.saved = record.reference = digest
+        record.file_bytes = record.file_bytes if size is None else size
 
     def _take(
         self, config: PeftConfig, name: str, state: dict[str, Any], source: str, files: AdapterFiles | None = None
@@ -318,6 +321,7 @@ class Adapters:
         from adapterlab.fingerprints import adapter_digest, file_digest
         from adapterlab.methods import check_config, is_noop
         from adapterlab.mounts import load_state
+        from adapterlab.storage import file_bytes
 
         check_config(config, source)
         try:
@@ -332,26 +336,32 @@ class Adapters:
         digest = adapter_digest(mounted.layers, name)
         noop = is_noop(mounted, name, fresh=False)
         file = None if files is None else file_digest(files.weights_file)
-        self.records[name] = Record(source, digest, noop, digest, loaded=digest, files=files, file=file)
+        size = file_bytes(state) if files is None else files.weights_file.stat().st_size
+        self.records[name] = Record(
+            source, digest, noop, digest, loaded=digest, files=files, file=file, file_bytes=size
+        )
 
-    def _check_size(self, config: PeftConfig, name: str) -> None:
-        """Refuse what would not fit into memory, and PEFT's objections, before a real tensor is made."""
+    def _check_size(self, config: PeftConfig, name: str) -> int:
+        """Refuse what would not fit into memory, and PEFT's objections, before a real tensor is made; gives the bytes of
+        the adapter's file."""
         import psutil
 
-        from adapterlab.preflight import expected_shapes
+        from adapterlab.preflight import expected_tensors
+        from adapterlab.storage import file_bytes
 
         with self.using(None):
             try:
-                shapes = expected_shapes(self.model, config, name)
+                tensors = expected_tensors(self.model, config, name)
             except Exception as error:  # PEFT's own verdict, in its words
                 raise AdapterLabError(f"{name!r} can't be added: {self._pefts_words(error)}") from error
-        wanted = sum(4 * math.prod(shape) for shape in shapes.values())
+        wanted = sum(4 * tensor.numel() for tensor in tensors.values())
         free = psutil.virtual_memory().available
         if wanted > free:
             raise AdapterLabError(
                 f"{name!r} would take {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose a smaller rank or "
                 "fewer target_modules."
             )
+        return file_bytes(tensors)
 
     def _pefts_words(self, error: BaseException) -> str:
         """PEFT's own verdict in one line; where it misses target modules, with those that this model has."""

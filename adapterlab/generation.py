@@ -286,7 +286,7 @@ def _decode(run: Run, prompts: list[Prompt], rows: list[Row], layout: Rows | Non
         left = 0 if model.config.is_encoder_decoder else gap  # a decoder goes on where the prompt ends
         ids.append([pad] * left + [*prompt.ids] + [pad] * (gap - left))
         mask.append([0] * left + [1] * len(prompt.ids) + [0] * (gap - left))
-    device = _input_device(model)
+    device = input_device(model)
     settings = run.settings.for_generate()
     silence_known_noise()  # again: warning filters that were set since come first
     started = time.perf_counter()
@@ -374,7 +374,7 @@ def _first_logits(run: Run, prompt: Prompt) -> Tensor:
 
     row = Row(Sampler(0, 0.0, prompt.ids), lambda row, reason: None)
     with run.adapters.using(None) as model:
-        ids = torch.tensor([prompt.ids], device=_input_device(model))
+        ids = torch.tensor([prompt.ids], device=input_device(model))
         decoder = make_decoder([row], threading.Event())
         silence_known_noise()
         model.generate(
@@ -394,7 +394,7 @@ def compute_logprobs(model: Any, prompt_ids: Sequence[int], token_ids: Sequence[
 
     if not token_ids:
         return ()
-    device = _input_device(model)
+    device = input_device(model)
     with torch.no_grad(), eval_mode(model):
         if model.config.is_encoder_decoder:
             start = decoder_start(model)
@@ -494,7 +494,7 @@ def check_context(model: Any, prompts: Sequence[Prompt], settings: Settings) -> 
             )
 
 
-def _input_device(model: Any) -> Any:
+def input_device(model: Any) -> Any:
     """Where ids belong: beside the embeddings, or where those compute if accelerate has offloaded them."""
     embeddings = model.get_input_embeddings()
     if embeddings is None or not embeddings.weight.is_meta:

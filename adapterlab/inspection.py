@@ -1,4 +1,4 @@
-"""What is in the lab, in numbers: DataFrames that read no weights. Bytes are bytes, megabytes 10⁶ bytes."""
+"""What is in the lab, in numbers: DataFrames that read no weights but AdaLoRA's λ. Bytes are bytes, megabytes 10⁶ bytes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.reading import adapter_tensors
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from adapterlab.adapters import Adapters
     from adapterlab.mounts import Mounted
 
+_SIZES = ("parameters", "trainable", "effective", "bytes", "bytes_on_disk")
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -130,40 +133,62 @@ def summary_frame(adapters: Adapters) -> pd.DataFrame:
 
 
 def parameters_frame(adapters: Adapters) -> pd.DataFrame:
-    """One row for the base and one per adapter and dtype: owner, parameters, trainable, effective, bytes, dtype,
-    share_of_base. `effective` leaves out AdaLoRA triplets whose λ is masked to zero after allocation."""
+    """How large base and adapters are; see `AdapterLab.parameters`."""
     import pandas as pd
 
-    parameters, size, dtype = base_size(adapters)
-    row = {"owner": "base", "parameters": parameters, "trainable": 0, "effective": parameters, "bytes": size}
-    rows: list[dict[str, Any]] = [{**row, "dtype": dtype, "share_of_base": 1.0}]
+    everything = base_size(adapters)[0]
+    rows = _size_rows("base", [("weights", tensor, True) for tensor in adapters.base.values()], adapters.base_file)
     for name, mounted in adapters.mounts.adapters.items():
-        info = adapters.info(name)
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in mounted.trainable}
-        rows.append(
-            {
-                "owner": name,
-                "parameters": info.parameters,
-                "trainable": info.parameters if name == adapters.trainable else 0,
-                "effective": _effective(adapters, name, info.parameters),
-                "bytes": info.bytes,
-                "dtype": ", ".join(sorted(dtypes)),
-                "share_of_base": info.parameters / parameters,
-            }
-        )
-    return pd.DataFrame(rows)
+        trained = {p.data_ptr() for p in mounted.trainable if p.numel()}
+        tensors = [
+            ("modules_to_save" if label.startswith("modules_to_save.") else "weights", t, t.data_ptr() in trained)
+            for layer in mounted.layers.values()
+            for label, t in adapter_tensors(layer, name)
+        ]
+        tensors.sort(key=lambda item: item[0] != "weights")
+        mine = _size_rows(name, tensors, adapters.records[name].file_bytes)
+        for row in mine:
+            row["effective"] -= _pruned(mounted, name) if row["kind"] == "weights" and row["parameters"] else 0
+        rows += mine
+    frame = pd.DataFrame(rows)
+    frame["share_of_base"] = frame["parameters"] / everything
+    return frame.astype({"bytes_on_disk": "Int64"})
 
 
-def _effective(adapters: Adapters, name: str, parameters: int) -> int:
-    pattern = getattr(adapters.mounts.adapters[name].config, "rank_pattern", None)
-    if not pattern or not hasattr(adapters.mounts.adapters[name].config, "init_r"):
-        return parameters
-    masked = 0
-    for layer in adapters.mounts.adapters[name].layers.values():
-        inner: Any = layer
-        gone = int((inner.lora_E[name] == 0).sum())
-        masked += gone * (1 + inner.in_features + inner.out_features)
-    return parameters - masked
+def _size_rows(owner: str, tensors: list[tuple[str, Any, bool]], file_bytes: int | None) -> list[dict[str, Any]]:
+    """One row per kind and dtype of the (kind, tensor, whether it is a parameter) that an owner has, in their order."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for kind, tensor, counts in tensors:
+        dtype = stored_dtype(tensor)
+        row = rows.setdefault((kind, dtype), {"owner": owner, "kind": kind, "dtype": dtype} | dict.fromkeys(_SIZES, 0))
+        count = count_parameters(tensor) if counts else 0
+        row["parameters"] += count
+        row["effective"] += count
+        row["trainable"] += count if tensor.requires_grad else 0
+        row["bytes"] += count_bytes(tensor)
+    found = [row for row in rows.values() if row["bytes"]]
+    for row in found[:1]:
+        row["bytes_on_disk"] = file_bytes
+    return found
+
+
+def stored_dtype(tensor: Any) -> str:
+    """How a tensor's values are stored: torch's name of the dtype, or bitsandbytes' "nf4", "fp4", "int8"."""
+    quantised = getattr(getattr(tensor, "quant_state", None), "quant_type", None)
+    return quantised or str(tensor.dtype).removeprefix("torch.")
+
+
+def _pruned(mounted: Mounted, name: str) -> int:
+    """Parameters of an AdaLoRA's triplets that its allocation has switched off."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+
+    layers: list[Any] = [layer for layer in mounted.layers.values() if isinstance(layer, AdaLoraLayer)]
+    if not any(bool((layer.lora_E[name] != 0).any()) for layer in layers):
+        return 0  # a fresh one: every λ is zero, and none was taken away
+    return sum(
+        int((layer.lora_E[name] == 0).sum()) * (1 + layer.lora_A[name].shape[1] + layer.lora_B[name].shape[0])
+        for layer in layers
+    )
 
 
 def people_count(number: float) -> str:

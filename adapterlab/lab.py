@@ -105,7 +105,7 @@ class AdapterLab(Looking):
         self._owned, self._quantization = loaded.owned, loaded.quantization
         self.name: str = loaded.base_id
         self._tokenizer = loaded.tokenizer
-        self._adapters = Adapters(loaded.model, loaded.base_path)
+        self._adapters = Adapters(loaded.model, loaded.base_path, loaded.file_bytes)
         loaded.model.__dict__[_MARK] = weakref.ref(self)
         self._closed = False
         if loaded.adapter is not None:
@@ -283,7 +283,7 @@ class AdapterLab(Looking):
         self._adapters.known(adapter_name)
         config, state = self._adapters.state(adapter_name)
         written = write_adapter(folder, config, state, self._adapters.base_path)
-        self._adapters.note_saved(adapter_name)
+        self._adapters.note_saved(adapter_name, (written / "adapter_model.safetensors").stat().st_size)
         self._tell("adapters")
         return written
 

@@ -44,7 +44,8 @@ class LoadedBase:
     tokenizer: None if none was given and none could be found. base_id: what to show, "facebook/opt-350m" or a
     folder's name. base_path: what a saved adapter names as its base. adapter: an adapter to attach and
     select, when an adapter's id or folder was given. owned: False for objects in hand, which stay the
-    caller's. quantization: None, "8bit", "4bit" or another quantizer's name.
+    caller's. quantization: None, "8bit", "4bit" or another quantizer's name. file_bytes: of the files that the weights
+    were read from, None where that is not known.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -54,6 +55,7 @@ class LoadedBase:
     adapter: AdapterFiles | None
     owned: bool
     quantization: str | None
+    file_bytes: int | None = None
 
 
 def load_base(
@@ -147,6 +149,7 @@ def _load(
         adapter=adapter,
         owned=True,
         quantization=quantization_of(model),
+        file_bytes=None if from_gguf or options.get("variant") else base.weights_bytes(),
     )
 
 

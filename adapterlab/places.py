@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -84,6 +85,22 @@ class Place:
                 local_files_only=self.local_files_only,
             )
         return Path(path)
+
+    def weights_bytes(self) -> int | None:
+        """Bytes of the files that hold a model's weights, of the format that `from_pretrained` reads; downloads nothing, and
+        gives None where they are not all here."""
+        local = replace(self, local_files_only=True)
+        for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+            names = {f"{stem}.{ending}"} & self.names
+            try:
+                if not names and f"{stem}.{ending}.index.json" in self.names:
+                    index = json.loads(local.fetch(f"{stem}.{ending}.index.json").read_text(encoding="utf-8"))
+                    names = set(index["weight_map"].values())
+                if names:
+                    return sum(local.fetch(name).stat().st_size for name in names)
+            except (AdapterLabError, OSError, ValueError, KeyError, TypeError, AttributeError):
+                return None  # somebody took a file away meanwhile, or the index is none: not known
+        return None
 
     def holds(self) -> str:
         """What there is, in words, for an error message; with the subfolders that would do."""

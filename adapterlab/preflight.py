@@ -112,13 +112,18 @@ def _unprefixed(state: dict[str, Any], weights_file: Path) -> dict[str, Any]:
 
 
 def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str, tuple[int, ...]]:
-    """Shape by key that an adapter with this config would save, found in a skeleton on the meta device.
+    """Shape by key that an adapter with this config would save, as `expected_tensors`, pruned triplets left out."""
+    return _shrunk({key: tuple(tensor.shape) for key, tensor in expected_tensors(model, config, name).items()}, config)
+
+
+def expected_tensors(model: nn.Module, config: PeftConfig, name: str) -> dict[str, Any]:
+    """The tensors, without memory, of a fresh adapter with this config by the keys it would save, found in a skeleton.
 
     `model` must be bare; it is left as it was, and no memory is taken for the adapter. Raises what PEFT raises.
     """
     with skeleton(model) as twin:
         inject_without_memory(config, twin, name)
-        return _shrunk({key: tuple(tensor.shape) for key, tensor in adapter_state(twin, name).items()}, config)
+        return {key: tensor.to("meta") for key, tensor in adapter_state(twin, name).items()}
 
 
 def _shrunk(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -53,12 +54,36 @@ def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_pa
         config.target_modules = sorted(targets)  # sets would be written in another order each time
         if isinstance(feed_forward, (set, list)):
             config.feedforward_modules = sorted(module for module in feed_forward if module in targets)
-    tensors = {
-        key + ".weight" if key.endswith(MAGNITUDE) else key: value.contiguous().clone()
-        for key, value in prefixed(state).items()
-    }
+    tensors = {key: value.contiguous().clone() for key, value in _as_saved(state).items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _as_saved(state: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's tensors under the keys that stand in its file."""
+    return {key + ".weight" if key.endswith(MAGNITUDE) else key: value for key, value in prefixed(state).items()}
+
+
+def file_bytes(state: dict[str, Any]) -> int:
+    """Bytes of the `adapter_model.safetensors` that `write_files` would make of these tensors, which may be meta tensors.
+
+    The format: 8 bytes, a header in JSON padded to a multiple of 8, and the tensors; the largest dtypes come first.
+    """
+    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    offset = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    tensors = _as_saved(state)
+    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+        end = offset + tensors[key].numel() * tensors[key].element_size()
+        dtype = str(tensors[key].dtype).removeprefix("torch.")
+        header[key] = {
+            "dtype": names.get(dtype, dtype.upper()),
+            "shape": list(tensors[key].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + length + -length % 8 + offset
 
 
 def with_all_triplets(config: PeftConfig, state: dict[str, Any]) -> dict[str, Any]:

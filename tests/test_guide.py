@@ -85,14 +85,17 @@ def test_the_published_sizes(tmp_path: Path) -> None:
     """6 MB against 700 MB, at the full geometry: exact numbers from real tensors and a real file."""
     from peft import LoraConfig
 
-    lab = AdapterLab(write_opt_350m(tmp_path / "opt-350m", full=True))
+    base = write_opt_350m(tmp_path / "opt-350m", full=True)
+    lab = AdapterLab(base)
     lab.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]), "lora")
     frame = lab.parameters().set_index("owner")
     assert frame.loc["base", ["parameters", "bytes"]].tolist() == [331_196_416, 662_392_832]
     assert frame.loc["lora", ["parameters", "bytes"]].tolist() == [1_572_864, 6_291_456]
     assert lab.status().startswith("opt-350m · 331 M · fp16 · 662 MB · cpu")
     folder = lab.save_adapter("lora", tmp_path / "lora")
-    assert (folder / "adapter_model.safetensors").stat().st_size == pytest.approx(6_291_456, rel=0.01)
+    files = [(folder / "adapter_model.safetensors").stat().st_size, (base / "model.safetensors").stat().st_size]
+    assert frame.loc[["lora", "base"], "bytes_on_disk"].tolist() == files
+    assert files == [pytest.approx(6_291_456, rel=0.01), pytest.approx(662_392_832, rel=0.001)]
 
 
 def test_unknown_and_unreachable(hub: StandinHub, tmp_path: Path) -> None:
