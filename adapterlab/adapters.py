@@ -4,6 +4,7 @@ ARCHITECTURE.md. PEFT mixes selection, enabling and training; here they are apar
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapterlab.hub import AdapterFiles
+    from adapterlab.preflight import Preflight
 
 
 ACTS_NOW: Any = object()  # the column "what acts now", where None already means base
@@ -31,6 +33,7 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, base_path: str, base_file: int | None = None) -> None:
         from adapterlab.fingerprints import base_digest
         from adapterlab.mounts import Mounts
+        from adapterlab.quantization import packed_as, stay_whole
 
         self.model: Any = model
         self.base_path = base_path
@@ -41,10 +44,14 @@ class Adapters:
         self._imposed: str | None = None  # whose gradients were last switched on: what drift is measured against
         self._depth = 0  # of nested `using` blocks: inside one, what is mounted is not the selection
         self.records: dict[str, Record] = {}
+        self.trainers: weakref.WeakSet[Any] = weakref.WeakSet()  # those alive: their optimizers take memory
+        self.base_bytes: dict[str, int] = {}  # by device, once memory.py has counted
         self._given = _remember(model)
         self.mounts = Mounts(model)
         brought = self.mounts.adopt()
         self.base: dict[str, Any] = dict(model.named_parameters())  # the bare base's own, whatever is mounted later
+        self.tied, self.stay_whole = _tied(model), stay_whole(model)
+        self.packed = [module for module in model.modules() if packed_as(module) is not None]
         for parameter in self.base.values():
             parameter.requires_grad_(False)
         self.base_reference = base_digest(model)
@@ -211,27 +218,25 @@ class Adapters:
         return []
 
     def _check_blend(self, column: Column) -> None:
-        from adapterlab.equation import blend_obstacle
+        from adapterlab.equation import multiplier_advice, multiplier_obstacle
 
         for name, multiplier in column.parts:
-            for path, layer in self.mounts.adapters[name].layers.items():
-                reason = blend_obstacle(layer, name)
-                if reason:
-                    what = f"{name!r} × {multiplier:g}" if len(column.parts) == 1 else f"A blend with {name!r}"
-                    raise AdapterLabError(
-                        f"{what} has no meaning: at {path}, {reason}. Run it alone at 0 or 1, in a column of its own."
-                    )
+            found = multiplier_obstacle(self.mounts.adapters[name].layers, name)
+            if found is not None:
+                what = f"{name!r} × {multiplier:g}" if len(column.parts) == 1 else f"A blend with {name!r}"
+                raise AdapterLabError(f"{what} has no meaning: at {found[0]}, {multiplier_advice(found[1])}")
 
     # -- coming and going --------------------------------------------------------------------------------------
 
-    def load(self, files: AdapterFiles, name: str | None) -> str:
-        """Load a resolved adapter, select it, and give its name; all or nothing."""
+    def load(self, files: AdapterFiles, name: str | None, tokenizer: Any = None) -> str:
+        """Load a resolved adapter, select it, and give its name; all or nothing. tokenizer: the lab's."""
         from adapterlab.preflight import read_weights
 
         chosen = name if name is not None else self._free_name(files.default_name)
         self.check_new_name(chosen)
-        config, flight = self.preflight(files)
+        config, flight = self.preflight(files, tokenizer)
         flight.raise_for_problems()
+        assert config is not None  # it has no problems
         for note in flight.notes:
             say(f"{chosen}: {note}")
         self._take(config, chosen, read_weights(files.weights_file), files.source, files)
@@ -240,16 +245,12 @@ class Adapters:
             say(f"Loaded {files.source!r} as {chosen!r}.")
         return chosen
 
-    def preflight(self, files: AdapterFiles) -> tuple[PeftConfig, Any]:
-        """The adapter's config and the verdict on it; nothing is changed."""
-        from adapterlab.preflight import compute_preflight, header_shapes, read_config
+    def preflight(self, files: AdapterFiles, tokenizer: Any = None) -> tuple[PeftConfig | None, Preflight]:
+        """The adapter's config, if it can be used, and the verdict on it; nothing is changed."""
+        from adapterlab.checks import examine
 
-        config = read_config(files.config, files.source)
         with self.using(None):
-            flight = compute_preflight(
-                self.model, config, header_shapes(files.weights_file), files.source, self.base_path
-            )
-        return config, flight
+            return examine(self.model, files, self.base_path, tokenizer)
 
     def add(self, config_or_method: Any, name: str, **fields: Any) -> None:
         """Add a fresh adapter, select it and make it trainable; all or nothing. The config given is never changed."""
@@ -399,7 +400,7 @@ class Adapters:
 
     def info(self, name: str) -> AdapterInfo:
         """What is known of one adapter; reads no weights: the status is the one last seen."""
-        from adapterlab.equation import blend_obstacle
+        from adapterlab.equation import multiplier_obstacle
         from adapterlab.methods import rank_of
         from adapterlab.reading import adapter_tensors
 
@@ -417,9 +418,7 @@ class Adapters:
             source=record.source,
             status=record.status,
             peft_config=mounted.config,
-            multiplier_obstacle=next(
-                (why for layer in mounted.layers.values() if (why := blend_obstacle(layer, name))), ""
-            ),
+            multiplier_obstacle=(multiplier_obstacle(mounted.layers, name) or ("", ""))[1],
             runs=tuple(record.runs),
         )
 
@@ -466,9 +465,27 @@ class Adapters:
         return self.state(name)
 
     def release(self) -> None:
-        """Take everything out and give the model back as it came: bare, or with the adapters it came with."""
+        """Take everything out and give the model back as it came: bare, or with the adapters it came with. Nothing is here
+        afterwards: a view of the lab, or an error that somebody still has, would keep the model in memory."""
+        from adapterlab.mounts import Mounts
+
         self.mounts.leave()
         _restore(self.model, self._given)
+        nothing: Any = None
+        self.model, self.mounts = nothing, Mounts(nothing)
+        self.base, self.records, self._given, self.packed = {}, {}, {}, []
+
+
+def _tied(model: Any) -> dict[str, list[str]]:
+    """Modules that share their weight with others: path → paths of those."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    return {
+        path: [other for other in paths if other != path] for paths in owners.values() for path in paths if paths[1:]
+    }
 
 
 def _remember(model: Any) -> dict[str, Any]:

@@ -55,6 +55,16 @@ class Schedule:
         return step == self.last or (self.tinit < step < self.last and step % self.deltaT == 0)
 
 
+def allocation_obstacle(config: Any) -> str | None:
+    """Why no run of any length can allocate these ranks, or None if one can."""
+    if config.target_r < config.init_r:
+        return None
+    return (
+        f"target_r={config.target_r} is not below init_r={config.init_r}. AdaLoRA starts with init_r in every layer and "
+        "prunes to target_r on average: choose a smaller target_r or a larger init_r."
+    )
+
+
 def choose_schedule(config: Any, total_step: int, name: str) -> tuple[int, int, int]:
     """(tinit, tfinal, deltaT) for a run of `total_step` steps.
 
@@ -62,11 +72,9 @@ def choose_schedule(config: Any, total_step: int, name: str) -> tuple[int, int, 
     a hundred prunings between them. tfinal is at least 1: with 0 the last pruning would never come. Raises
     `AdapterLabError` where the ranks or the steps leave nothing to allocate.
     """
-    if config.target_r >= config.init_r:
-        raise AdapterLabError(
-            f"{name!r} can't allocate ranks: target_r={config.target_r} is not below init_r={config.init_r}. AdaLoRA starts "
-            "with init_r in every layer and prunes to target_r on average: choose a smaller target_r or a larger init_r."
-        )
+    why = allocation_obstacle(config)
+    if why is not None:
+        raise AdapterLabError(f"{name!r} can't allocate ranks: {why}")
     if total_step < 3:
         raise AdapterLabError(f"AdaLoRA needs 3 steps at least to allocate ranks, not {total_step}: raise max_steps.")
     given = (config.tinit, config.tfinal, config.deltaT)
@@ -192,6 +200,11 @@ class Allocator:
                     for place, value in zip(group.places, values):
                         state[f"{average}.{self.paths[place]}.{group.part}"] = value.clone()
         return state
+
+    def averages(self) -> list[Tensor]:
+        """The averages as they are; nothing before the first step."""
+        found = [mean for group in self._groups for mean in (group.mean_importance, group.mean_uncertainty)]
+        return [mean for mean in found if mean is not None]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state()` gave."""

@@ -87,7 +87,8 @@ class Generation:
 
 @dataclass
 class Comparison:
-    """Prompts × columns. `settings`: what was asked for; `model`: name, dtype, quantization and digest of the base.
+    """Prompts × columns. `settings`: what was asked for; `model`: name, dtype, quantization and digest of the base, and
+    the memory that the lab took. Of a concatenation, `model` holds the names, and all that for each of its `labs`.
 
     `prompts` as they were given, `rendered` as the model saw them (chat template applied), `prompt_ids` unpadded.
     """
@@ -128,8 +129,17 @@ class Comparison:
         """One row per prompt and column, the proof included; seconds are wall time, when the column was generated.
 
         `first_difference` counts tokens from 0, and is missing where there is none; `tie`: rounding could have made it.
+
+        A concatenation has more columns. lab: its label. lab_first_difference: the first token that is another than the
+        first lab's in the same column, counted from 0. lab_logprob_change: mean |Δlogprob|, in nats, of the tokens before
+        it. Both are missing for the first lab itself, for what it has not, and where it read the prompt otherwise.
+        base_megabytes, adapter_megabytes: the lab's memory in 10⁶ bytes, and peak_megabytes, what the run took on top at the
+        most; missing where that is not known.
+        lab_note: what else was not as in the first lab.
         """
         import pandas as pd
+
+        from adapterlab.concatenation import lab_rows
 
         rows = [
             {
@@ -152,15 +162,23 @@ class Comparison:
             }
             for g in self.generations
         ]
-        return pd.DataFrame(rows).astype({"first_difference": "Int64"} if rows else {})
+        whole = ["first_difference"]
+        for row, more in zip(rows, lab_rows(self)):
+            row.update(more)
+            whole = ["first_difference", "lab_first_difference"]
+        return pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64") if rows else {})
 
     def tokens(self) -> pd.DataFrame:
         """One row per token: prompt_index, column, position, token, logprob, base_logprob.
 
         `base_logprob` is what the bare base gives the same token after the same text. It is computed at the first
-        call, as long as the lab is open; otherwise it is NaN.
+        call, as long as the lab is open; otherwise it is NaN. A concatenation has more columns: lab, and
+        first_lab_logprob, what the first lab's same column gave the same token after the same text; NaN from their first
+        difference on, since there the texts are not the same.
         """
         import pandas as pd
+
+        from adapterlab.concatenation import token_columns
 
         self._fill_base_logprobs()
         rows = [
@@ -176,7 +194,7 @@ class Comparison:
             for i in range(g.new_tokens)
         ]
         names = ["prompt_index", "column", "position", "token", "logprob", "base_logprob"]
-        return pd.DataFrame(rows, columns=names)
+        return pd.DataFrame(rows, columns=names).assign(**token_columns(self))
 
     def _fill_base_logprobs(self) -> None:
         if self._score is None or all(g.base_logprobs is not None for g in self.generations):
@@ -253,38 +271,26 @@ class Comparison:
     def concat(cls, comparisons: Iterable[Comparison], labels: Iterable[str] | None = None) -> Comparison:
         """Put comparisons of the same prompts side by side, say of labs in fp32, 8-bit and 4-bit.
 
-        Columns get the lab's quantization or dtype before their label (or `labels`, one per comparison).
+        Columns get the lab's quantization or dtype before their label (or `labels`, one per comparison). The first
+        comparison is what the others are measured against: see `to_frame` and `tokens`. `model["labs"]` holds what each
+        lab said of itself, its memory included. Where a lab read the prompts otherwise (another tokenizer or chat template)
+        or answered with other settings, a note there says so. Concatenations can be concatenated: their labs then stand one
+        by one, and `labels` names each.
+
+        The labs may be closed by now: only `base_logprob` of `tokens()` needs them, and is NaN unless `tokens()`,
+        `to_json()` or this was called while the lab was open.
         """
+        from adapterlab.concatenation import checked_labels, make_concatenation
+
         comparisons = list(comparisons) if isinstance(comparisons, Iterable) else []
         if not all(isinstance(comparison, Comparison) for comparison in comparisons):
             raise AdapterLabError("Comparison.concat takes a list of comparisons, as lab.compare(…) gives them.")
         if not comparisons:
             raise AdapterLabError("Nothing to concatenate: give at least one Comparison.")
-        names = list(labels) if labels is not None else [_lab_label(c) for c in comparisons]
-        if len(names) != len(comparisons) or len(set(names)) != len(names):
-            raise AdapterLabError(f"{len(comparisons)} comparisons need as many different labels, not {names}.")
-        first = comparisons[0]
-        for other in comparisons[1:]:
-            if other.prompts != first.prompts:
-                raise AdapterLabError("Only comparisons of the same prompts stand side by side.")
+        names = checked_labels(comparisons, labels)
         for comparison in comparisons:
             comparison._fill_base_logprobs()
-        generations = [
-            replace(g, column=f"{name} · {g.column}") for name, c in zip(names, comparisons) for g in c.generations
-        ]
-        return cls(
-            prompts=first.prompts,
-            rendered=first.rendered,
-            prompt_ids=first.prompt_ids,
-            settings=first.settings,
-            model={"name": " | ".join(dict.fromkeys(str(c.model.get("name")) for c in comparisons))},
-            generations=generations,
-            created=first.created,
-        )
-
-
-def _lab_label(comparison: Comparison) -> str:
-    return str(comparison.model.get("quantization") or comparison.model.get("dtype"))
+        return cls(**make_concatenation(comparisons, names))
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -330,11 +336,14 @@ def _generation(row: dict[str, Any]) -> Generation:
 
 
 def _check_parts(comparison: Comparison) -> None:
+    from adapterlab.concatenation import check_labs
+
     texts = (*comparison.prompts, *comparison.rendered, comparison.created)
     if not all(isinstance(text, str) for text in texts) or len(comparison.prompts) != len(comparison.prompt_ids):
         raise TypeError("prompts, rendered and created are texts, with ids for each prompt")
     if not isinstance(comparison.model, dict) or not isinstance(comparison.settings, dict):
         raise TypeError("model and settings are mappings")
+    check_labs(comparison)
 
 
 def _tuple(value: Any) -> Any:

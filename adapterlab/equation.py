@@ -13,6 +13,7 @@ is b − s_out ⊙ b. It can't be scaled or blended.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,20 @@ def blend_obstacle(layer: nn.Module, name: str) -> str | None:
     return _obstacle(*_types(layer, name))
 
 
+def multiplier_obstacle(layers: Mapping[str, nn.Module], name: str) -> tuple[str, str] | None:
+    """The first of an adapter's layers that can't follow a multiplier: its path, and why; None if all can."""
+    for path, layer in layers.items():
+        reason = blend_obstacle(layer, name)
+        if reason:
+            return path, reason
+    return None
+
+
+def multiplier_advice(reason: str) -> str:
+    """What `multiplier_obstacle` gives as a reason, with what can be done."""
+    return f"{reason}. Run it alone at 0 or 1, in a column of its own."
+
+
 def _types(layer: Any, name: str) -> tuple[type, type, type]:
     """Of the layer, of adapter `name`'s LoRA variant in it and of the base's module: what the layer does follows."""
     variants, modules = layer.__dict__.get("lora_variant"), layer._modules
@@ -59,13 +74,17 @@ def _obstacle(kind: type, variant: type, base: type) -> str | None:
     if issubclass(kind, ParamWrapper):
         return "target_parameters adapts a bare parameter"
     if issubclass(kind, LoraLayer) and variant is not type(None):
-        return f"{variant.__name__.removesuffix('Variant')} is no plain ΔW that could be scaled"
+        return f"{_variant_label(variant.__name__)} is no plain ΔW that could be scaled"
     allowed: tuple[type, ...] = (nn.Linear, Conv1D)
     if _method(kind) == "lora":
         allowed = (nn.Linear, Conv1D, nn.Embedding)
     if not issubclass(kind, (LoraLayer, IA3Layer)) or not issubclass(base, allowed):
         return f"the lab knows no multiplier for {kind.__module__.split('.')[-2]} on {base.__name__}"
     return None
+
+
+def _variant_label(name: str) -> str:
+    return "DoRA" if name.startswith("Dora") else name.removesuffix("Variant")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -61,8 +62,27 @@ def resolve_adapter(
     return adapter_files(place)
 
 
-def adapter_files(place: Place) -> AdapterFiles:
-    """The adapter in a place; `AdapterLabError` if there is none, or its files are not right."""
+def files_to_check(repo_or_path: str | os.PathLike[str], **where: Any) -> tuple[AdapterFiles | None, str]:
+    """The files of an adapter that may be broken, and "", or None and what is wrong with its config. Weights may be missing;
+    a tokenizer's files beside it are fetched too. Raises `AdapterLabError` only where there is no adapter."""
+    from adapterlab.vocabulary import TOKENIZER_FILES
+
+    place = locate(repo_or_path, **where)
+    try:
+        files = adapter_files(place, without_weights=True)
+    except AdapterLabError as error:
+        if not place.is_adapter:
+            raise
+        return None, str(error)
+    for name in place.names.intersection(TOKENIZER_FILES):
+        with contextlib.suppress(AdapterLabError):  # then it is not compared
+            place.fetch(name)
+    return files, ""
+
+
+def adapter_files(place: Place, *, without_weights: bool = False, config_only: bool = False) -> AdapterFiles:
+    """The adapter in a place; `AdapterLabError` if there is none, or its files are not right. without_weights: the weights'
+    file may be missing. config_only: it is not fetched, and may be missing too."""
     if not place.is_adapter:
         if place.is_model:
             raise AdapterLabError(
@@ -73,14 +93,16 @@ def adapter_files(place: Place) -> AdapterFiles:
     config_file = place.fetch(ADAPTER_CONFIG)
     config = _read_config(config_file, place.source)
     weights = [name for name in ADAPTER_WEIGHTS if name in place.names]
-    if not weights:
+    if not weights and not (without_weights or config_only):
         raise AdapterLabError(
             f"The adapter {place.source} has no weights ({' or '.join(ADAPTER_WEIGHTS)} is missing). {place.holds()}"
         )
     return AdapterFiles(
         folder=config_file.parent,
         config_file=config_file,
-        weights_file=place.fetch(weights[0]),
+        weights_file=place.fetch(weights[0])
+        if weights and not config_only
+        else config_file.parent / ADAPTER_WEIGHTS[0],
         source=place.source,
         default_name=make_safe_name(place.subfolder or place.title),
         config=config,

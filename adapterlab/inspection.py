@@ -217,6 +217,16 @@ def summary_html(status: str, frame: pd.DataFrame) -> str:
     return f"<p><b>{escape(status)}</b></p>{table}"
 
 
+def ranks_obstacle(mounted: Mounted) -> str | None:
+    """Why an adapter has no ranks to show, or None if it has."""
+    from adapterlab.methods import method_label
+
+    method = str(getattr(mounted.config.peft_type, "value", mounted.config.peft_type))
+    if method == "ADALORA":
+        return None
+    return f"only AdaLoRA has ranks by layer to show, and this is {method_label(method)}."
+
+
 def ranks_frame_of(mounted: Mounted, name: str) -> pd.DataFrame:
     """The ranks that AdaLoRA has left: one row per adapted layer: layer, module, rank, init_r.
 
@@ -232,11 +242,10 @@ def ranks_frame_of(mounted: Mounted, name: str) -> pd.DataFrame:
 
     triplets: dict[str, Any] = {path: getattr(layer, "lora_E", {}) for path, layer in mounted.layers.items()}
     scales = {path: scale[name].detach() for path, scale in triplets.items() if name in scale}
-    if not scales:
+    why = ranks_obstacle(mounted)
+    if why is not None:
         method = method_label(str(getattr(mounted.config.peft_type, "value", mounted.config.peft_type)))
-        raise AdapterLabError(
-            f"{name!r} is of the method {method}, which allocates no ranks: only AdaLoRA has ranks by layer to show."
-        )
+        raise AdapterLabError(f"{name!r} is of the method {method}, which allocates no ranks: {why}")
     kept = [int((scale != 0).sum()) for scale in scales.values()]
     if not any(kept):
         kept = [scale.numel() for scale in scales.values()]

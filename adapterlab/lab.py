@@ -110,7 +110,7 @@ class AdapterLab(Looking):
         self._closed = False
         if loaded.adapter is not None:
             try:
-                self._adapters.load(loaded.adapter, None)
+                self._adapters.load(loaded.adapter, None, self._tokenizer)
             except AdapterLabError:
                 self.close()
                 raise
@@ -158,7 +158,7 @@ class AdapterLab(Looking):
             repo_or_path, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
         )
         selection, enabled = self._adapters.selection, self._adapters.enabled
-        name = self._adapters.load(files, adapter_name)
+        name = self._adapters.load(files, adapter_name, self._tokenizer)
         if not select:
             self._adapters.select(selection)
             self._adapters.set_enabled(enabled)
@@ -352,17 +352,21 @@ class AdapterLab(Looking):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Preflight:
-        """Would this adapter load here? The verdict from its config and its file's header; nothing is changed."""
-        from adapterlab.hub import resolve_adapter
+        """Would this adapter load here, and if not, why not? Nothing is changed, and no tensor of a safetensors file read.
+
+        Compared with the live model are base model, method and options, target modules, tensors and their shapes, and the
+        vocabulary (of a tokenizer beside it, too). Everything that differs is in the `Preflight`: in sentences
+        (`problems`, `notes`), and one by one in `to_frame()`. Raises `AdapterLabError` only where there is no adapter.
+        """
+        from adapterlab.hub import files_to_check
         from adapterlab.preflight import Preflight
 
-        files = resolve_adapter(
+        files, problem = files_to_check(
             repo_or_path, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
         )
-        try:
-            return self._adapters.preflight(files)[1]
-        except AdapterLabError as error:
-            return Preflight(files.source, str(files.config.get("peft_type")), problems=[str(error)])
+        if files is None:
+            return Preflight(str(repo_or_path), "", problems=[problem])
+        return self._adapters.preflight(files, self._tokenizer)[1]
 
     def find_adapters(self, limit: int = 20) -> pd.DataFrame:
         """The Hub's adapters for this base, most downloaded first: repo_id, downloads, likes, last_modified."""
@@ -419,7 +423,7 @@ class AdapterLab(Looking):
         from adapterlab.adapters import ACTS_NOW
 
         chosen = ACTS_NOW if isinstance(column, str) and column == "selection" else [column]
-        return self._run(prompt, chosen, **settings).generations[0]
+        return self._run("generate", prompt, chosen, **settings).generations[0]
 
     def compare(
         self,
@@ -459,7 +463,7 @@ class AdapterLab(Looking):
             "top_k": top_k,
         }
         with self._lock:
-            comparison = self._run(prompt, columns, chat=chat, on_token=on_token, **sampling, **generation)
+            comparison = self._run("compare", prompt, columns, chat=chat, on_token=on_token, **sampling, **generation)
             comparison._score = _scorer(weakref.ref(self))
             self.history.append(comparison)
             self._tell("history")
@@ -467,9 +471,10 @@ class AdapterLab(Looking):
 
     @exclusive
     def _run(
-        self, prompt: Any, columns: Any, *, chat: Any = "auto", on_token: Any = None, **sampling: Any
+        self, operation: str, prompt: Any, columns: Any, *, chat: Any = "auto", on_token: Any = None, **sampling: Any
     ) -> Comparison:
         from adapterlab.generation import Run, check_context, run_comparison
+        from adapterlab.memory import memory_summary
         from adapterlab.prompts import render_prompts
         from adapterlab.settings import Settings
 
@@ -497,7 +502,11 @@ class AdapterLab(Looking):
             self._running = threading.get_ident()
             self._tell("running")
             try:
-                return run_comparison(run)
+                with self._watch(operation) as watched:
+                    comparison = run_comparison(run)
+                ran = watched.operation if any(not g.cached for g in comparison.generations) else None
+                comparison.model["memory"] = memory_summary(self._adapters, run.digests, ran)
+                return comparison
             finally:
                 self._running = None
                 self._tell("running")
@@ -527,14 +536,15 @@ class AdapterLab(Looking):
             raise AdapterLabError(
                 f"{comparison!r} is no Comparison: give what lab.compare(…) gave, or nothing for the last."
             )
+        if comparison.model.get("labs"):
+            raise AdapterLabError("These are several labs side by side: verify each lab's own comparison, in that lab.")
         if comparison.model.get("name") != self.name:
             raise AdapterLabError(
                 f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}."
             )
         from adapterlab.inspection import base_dtype
 
-        dtype = "quantised" if self._quantization else base_dtype(self._adapters)
-        return verify_comparison(self._adapters, comparison, dtype)
+        return verify_comparison(self._adapters, comparison, self._quantization or base_dtype(self._adapters))
 
     @property
     def last(self) -> Comparison | None:
@@ -713,7 +723,7 @@ class AdapterLab(Looking):
                 self._training = name
                 self._tell("running")
                 try:
-                    with self._adapters.training(name) as model:
+                    with self._watch("train"), self._adapters.training(name) as model:
                         yield model
                 finally:
                     self._training = None
@@ -794,8 +804,13 @@ class AdapterLab(Looking):
 
     def close(self) -> None:
         """End the panels and free the model, adapters included. A model that was handed in is given back as it came.
-        Calling it again does nothing."""
+        Calling it again does nothing.
+
+        Comparisons and whatever was read of the lab stay. What holds the model itself, such as `lab.model` in a variable of
+        yours or a `lab.trainer`, keeps it in memory."""
         import gc
+
+        from adapterlab.freeing import forget_last_error, give_back_memory
 
         if self._closed:
             return
@@ -812,11 +827,9 @@ class AdapterLab(Looking):
             self._adapters.release()
             self._finished.clear()
             del self._adapters
+        forget_last_error()
         gc.collect()
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
 
     def _about(self) -> dict[str, Any]:
         import torch

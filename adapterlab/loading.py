@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
+from adapterlab.freeing import give_back_memory
 from adapterlab.hub import AdapterFiles, adapter_files, locate_base
 from adapterlab.keywords import check_keywords
 from adapterlab.notices import say
@@ -138,6 +139,7 @@ def _load(
         if before_weights is not None:
             before_weights()
         model = _load_model(auto_class, base, config, options, quantization_config)
+    give_back_memory()  # what quantizing and conversions took on the way
     keep_4bit_unpacked(model)
     if tokenizer is None:
         say(f"{base.title} comes without a tokenizer: pass tokenizer=… to work with text.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterlab.guards import exclusive
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from peft import PeftConfig
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from adapterlab.adapters import Adapters
     from adapterlab.columns import ColumnLike
     from adapterlab.comparison import Comparison
     from adapterlab.finished import FinishedColumns
-    from adapterlab.memory import Operation
+    from adapterlab.peaks import Operation, Watch
     from adapterlab.prompts import PromptLike
 
 
@@ -36,6 +37,15 @@ class Looking:
 
     def _check_open(self) -> None:
         raise NotImplementedError
+
+    def _watch(self, operation: str) -> AbstractContextManager[Watch]:
+        """In the block the memory is watched; if it ends well, `_last_operation` tells how much it took at most."""
+        from adapterlab.peaks import watch
+
+        return watch(operation, {str(tensor.device) for tensor in self._adapters.base.values()}, self._note)
+
+    def _note(self, operation: Operation) -> None:
+        self._last_operation = operation
 
     def summary(self) -> pd.DataFrame:
         """One row per adapter: adapter, method, r, parameters, megabytes (10⁶ bytes), share (of the base's
@@ -69,11 +79,24 @@ class Looking:
     def memory(self) -> pd.DataFrame:
         """What is in memory now, and the peak of the last operation: owner, kind, device, bytes, source.
 
-        owner: "base", an adapter, "lab" (what it keeps to be quick), "process" (Python and libraries), or "last operation".
-        kind: weights, quantization, gradients, optimizer, KV cache, activations, …. source: "measured" (storages of
-        tensors, the operating system, CUDA's allocator) or "computed" (a formula or a difference). Storage that several
-        tensors share counts once. Rows of "last operation" lie on top of what was there when it began, and are gone by now.
-        Reads no weights, allocates nothing of size and changes nothing.
+        owner and kind:
+            "base": weights, buffers, quantization (bitsandbytes' statistics), gradients.
+            an adapter: weights, modules_to_save, gradients, and, as long as a trainer of `lab.trainer` is alive, optimizer
+                and importance averages (AdaLoRA's).
+            "lab", what it keeps to be quick: stack padding, DoRA norms, kept batches, finished columns.
+            "process": Python and libraries, which is all else that the process has, tensors of your own and what malloc
+                keeps included; on a GPU other tensors, and what CUDA's allocator has reserved beyond.
+            "last operation": "peak of compare: KV cache", … gradients, optimizer, importance averages, and "activations
+                and temporaries", which is the rest. They add up to the peak, on top of what was there when the last
+                compare, generate, divergence, evaluate or training began that has ended well. Where the peak can't be
+                measured (macOS, Windows, within another operation) the rest is missing.
+        device: as torch names it; "disk" for what accelerate has put there, which takes no memory. bytes: of whole storages,
+            each counted once whoever shares it. Only rows with bytes, and the base's weights.
+        source: "measured" (storages of tensors, the operating system, CUDA's allocator) or "computed" (a formula or a
+            difference).
+
+        Reads no weights, allocates nothing of size, changes nothing and waits for nobody. An adapter's own elements are its
+        bytes, though they may lie in a storage that it shares with others.
         """
         from adapterlab.memory import memory_frame
 
@@ -89,16 +112,75 @@ class Looking:
     @classmethod
     def estimate(
         cls,
-        model: str | os.PathLike[str] | Any,
-        adapters: Iterable[PeftConfig | str] | Mapping[str, PeftConfig | str] = (),
+        model: str | os.PathLike[str] | PretrainedConfig | PreTrainedModel | Any,
+        adapters: Iterable[PeftConfig | str | os.PathLike[str]]
+        | Mapping[str, PeftConfig | str | os.PathLike[str]] = (),
         quantization: Literal["8bit", "4bit"] | None = None,
         training: bool = False,
-        **circumstances: Any,
+        *,
+        quantization_config: Any = None,
+        dtype: Any = "auto",
+        context: int | None = None,
+        columns: int | None = None,
+        prompts: int = 1,
+        batch_size: int = 8,
+        length: int | None = None,
+        gradient_checkpointing: bool = False,
+        mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> pd.DataFrame:
-        """What a model with these adapters would take, from its config alone; no weights are fetched, read or made."""
-        from adapterlab.estimate import estimate_frame
+        """What a model with these adapters would take, from its config alone; no weights are fetched, read or made.
 
-        return estimate_frame(model, adapters, quantization, training, **circumstances)
+        model: a Hub id, a folder, a config, or a model in hand, whose config is taken. An adapter's id or folder: its
+            base, with that adapter. adapters: PEFT configs, methods' names ("lora", with PEFT's own targets), adapters'
+            ids or folders; or a mapping of names to such.
+        quantization, quantization_config, dtype, attn_implementation, trust_remote_code, revision, subfolder, token,
+            local_files_only, cache_dir: as for `AdapterLab` and `from_pretrained`. "auto" for a config without a dtype is
+            float32.
+        context: tokens of prompt and answer together (default 1024). columns: rows of a comparison for each of
+            `prompts` (default base and every adapter). batch_size, length: rows of a training batch, and tokens of each
+            (default 512). Defaults are cut to the model's context. gradient_checkpointing, mixed_precision: as in
+            transformers' TrainingArguments; "auto" is what `train` would choose on this machine.
+
+        Columns: case ("inference"; with `training` also "full fine-tuning", of the plain weights as they are loaded, and
+        "training <adapter>", of that adapter alone), owner ("base", an adapter, or "run"), kind, parameters (missing
+        where nothing is counted), bytes, source ("computed"). The rows of a case add up to what tensors take at its peak.
+        kind: weights; quantization (what dequantises them); buffers; gradients, as far as they are there at the peak;
+        optimizer (AdamW's two averages); allocation (AdaLoRA's); KV cache; activations; logits.
+
+        Quantised weights take, for n values: int8 n + 4 per row; nf4 and fp4 n/2 + 4n/64 + a table of 64 bytes, doubly
+        quantised n/2 + n/64 + 4n/16384 + tables of 1092 bytes. Which layers stay plain is transformers' own rule. Activations
+        and gradients are counted by running the model on tensors without values, rows without padding, in kernels as on
+        a CPU: the forward of a context, or a whole training step. To that comes what Python, libraries and the device's
+        allocator take. Where a model can't run so, a warning says it and activations are missing.
+
+        Raises `AdapterLabError` for what can't be had, can't be put together, or is no number that makes sense.
+        """
+        from adapterlab.estimate import estimate_frame
+        from adapterlab.estimate_inputs import Circumstances
+
+        return estimate_frame(
+            model,
+            adapters,
+            training,
+            Circumstances(context, columns, prompts, batch_size, length, gradient_checkpointing, mixed_precision),
+            quantization=quantization,
+            quantization_config=quantization_config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+        )
 
     def ranks(self, adapter_name: str) -> pd.DataFrame:
         """Where an AdaLoRA adapter's ranks are: one row per adapted layer: layer, module, rank (kept), init_r.
@@ -112,37 +194,73 @@ class Looking:
         return ranks_frame_of(self._adapters.mounts.adapters[name], name)
 
     def plot_ranks(self, adapter_name: str, ax: Axes | None = None) -> Figure:
-        """`ranks(name)` as a heatmap of layers and modules. Draws into `ax` if given; the figure shows itself."""
+        """`ranks(name)` as a heatmap of layers and modules, and below it the budget over the steps of its last run here.
+
+        Says so where allocation never ran. Draws the heatmap alone into `ax` if given; the figure shows itself.
+        """
         from adapterlab.plots import plot_ranks
 
-        return _figure(plot_ranks(self.ranks(adapter_name), ax=ax))
+        ranks = self.ranks(adapter_name)
+        runs = self._adapters.records[self._adapters.known(adapter_name)].runs
+        with_budget = [run.history for run in runs if "total_rank" in run.history]
+        untouched = bool((ranks["rank"] == ranks["init_r"]).all()) and not any(len(run.ranks) for run in runs)
+        note = f"Allocation never ran: every rank is init_r = {ranks['init_r'].max()}." if untouched else ""
+        return _figure(plot_ranks(ranks, history=with_budget[-1] if with_budget else None, note=note, ax=ax))
 
     @exclusive
     def delta_norms(self, adapter_name: str) -> pd.DataFrame:
         """How much an adapter changes each weight: one row per adapted layer, computed from its factors.
 
         Columns: layer (missing where the path has no number), module, path, norm (‖ΔW‖, Frobenius), relative_norm
-        (‖ΔW‖ / ‖W‖), effective_rank (exp of the entropy of σ² / Σσ², as if ΔW's energy were spread evenly over so many
-        directions; 0 where ΔW = 0), rank (what the factors allow), singular_values (of ΔW, largest first, a tuple), and
-        for IA3 scale_min, scale_mean, scale_max of its scales. ΔW is never formed.
+        (‖ΔW‖ / ‖W‖; W of 8-bit and 4-bit layers is dequantised), effective_rank (exp of the entropy of σ² / Σσ², as if ΔW's
+        energy were spread evenly over so many directions; 0 where ΔW = 0), rank (what the factors allow; pruned triplets
+        of AdaLoRA don't count), singular_values (of ΔW, largest first, a tuple of that many), for IA3 scale_min,
+        scale_mean, scale_max of its scales, and note ("" or what to know of the row). Biases are no part of ΔW.
+
+        LoRA, rsLoRA, AdaLoRA, LoHa, LoKr: from the factors in float64; ΔW is never formed. DoRA: the norm is that of all of
+        ΔW; singular values, rank and effective rank are those of its low-rank part, scaling · BA. On a half-precision base
+        a fresh DoRA has a norm, since PEFT rounds its magnitudes. IA3: ΔW = W ∘ (s − 1) has no factors, so no singular
+        values. modules_to_save and trained tokens: saved minus original, norms alone. LoRA on experts' parameters: norms
+        over all experts. Other methods (OFT, …), and LoHa where r² is no smaller than the layer: ΔW is formed, one layer
+        at a time in float64, by PEFT's merge, and dropped; its singular values are told where they are at most 1024.
+
+        Missing: relative_norm of offloaded layers, and norm too for IA3 there. ‖W‖ is read at the first call, and again
+        when the weight has moved or changed; an edit of single values through `.data` may go unseen. Changes nothing.
+        Raises `AdapterLabError` for weights that are not finite, and for methods that PEFT can't merge.
         """
         from adapterlab.norms import delta_norms_frame
 
         return delta_norms_frame(self._adapters, self._adapters.known(adapter_name))
 
     def plot_delta_norms(self, adapter_name: str, ax: Axes | None = None) -> Figure:
-        """`delta_norms(name)` as a heatmap of ‖ΔW‖ / ‖W‖ by layer and module. Draws into `ax` if given; the figure shows itself."""
+        """`delta_norms(name)` as a heatmap by layer and module. Draws into `ax` if given; the figure shows itself."""
         from adapterlab.plots import plot_delta_norms
 
         return _figure(plot_delta_norms(self.delta_norms(adapter_name), ax=ax))
 
     @exclusive
     def subspace_overlap(self, adapter_name: str, other: str) -> pd.DataFrame:
-        """How far two adapters work in the same directions: one row per layer that both adapt: layer, module, path,
-        output_overlap, input_overlap (between 0 and 1), output_chance, input_chance (what random directions would give)."""
+        """How far two adapters work in the same directions: one row per layer that both adapt by factors.
+
+        Columns: layer, module, path, output_overlap and input_overlap (‖UᵀV‖² / min(rank, other_rank) for orthonormal bases
+        U and V of the two ΔW's column spaces, or row spaces: from 0 for none to 1 where one space lies in the other; LoRA's
+        paper, arXiv 2106.09685, calls it φ), output_chance and input_chance (what random spaces of these ranks give on
+        average: the larger rank / the dimension), rank and other_rank (directions whose singular value is above 1e-5 of the
+        largest; in a layer where one adapter has none, overlaps are missing).
+
+        LoRA, rsLoRA, AdaLoRA, DoRA (its low-rank part) and LoHa (where r² is smaller than the layer) have such factors.
+        Changes nothing. Raises `AdapterLabError` for another method, for adapters that share no layer, and for an untrained
+        one.
+        """
         from adapterlab.norms import overlap_frame
 
         return overlap_frame(self._adapters, self._adapters.known(adapter_name), self._adapters.known(other))
+
+    def plot_subspace_overlap(self, adapter_name: str, other: str, ax: Axes | None = None) -> Figure:
+        """`subspace_overlap(adapter_name, other)` as heatmaps. Draws into `ax` if given; the figure shows itself."""
+        from adapterlab.plots import plot_overlap
+
+        return _figure(plot_overlap(self.subspace_overlap(adapter_name, other), ax=ax))
 
     @exclusive
     def divergence(
@@ -166,7 +284,8 @@ class Looking:
         """
         from adapterlab.divergence import divergence_frame
 
-        return divergence_frame(self._adapters, self._tokenizer, text, columns, prompt, chat)
+        with self._watch("divergence"):
+            return divergence_frame(self._adapters, self._tokenizer, text, columns, prompt, chat)
 
     def plot_divergence(
         self, text: str | Comparison, columns: Sequence[ColumnLike] | None = None, **keywords: Any
@@ -198,11 +317,20 @@ class Looking:
         """
         from adapterlab.divergence import evaluate_frame
 
-        return evaluate_frame(self._adapters, self._tokenizer, texts_or_dataset, columns, max_length, confidence, seed)
+        with self._watch("evaluate"):
+            return evaluate_frame(
+                self._adapters, self._tokenizer, texts_or_dataset, columns, max_length, confidence, seed
+            )
 
     def capabilities(self) -> pd.DataFrame:
         """What can be done with each adapter here and now: one row per adapter and capability: adapter, capability,
-        possible, reason (why not, "" where it is possible). Reads no weights and waits for nobody."""
+        possible, reason (why not, and what to do; "" where it is possible).
+
+        Capabilities: batch (its column shares a batch with others; if not, it runs in turn, and says so), blend (blends,
+        and multipliers other than 0 and 1), concatenate (`add_weighted_adapter`), merge (`merge_and_unload`), train, save,
+        ranks, delta_norms, 8bit and 4bit (it works on this base opened so). The reason is what the call itself would say.
+        Reads no weights and waits for nobody.
+        """
         from adapterlab.capabilities import capabilities_frame
 
         self._check_open()
@@ -210,4 +338,4 @@ class Looking:
 
 
 def _figure(axes: Any) -> Figure:
-    return axes.get_figure(root=True)  # type: ignore[no-any-return]
+    return axes.get_figure(root=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
-from adapterlab.equation import blend_obstacle, compute_term, merge_terms
+from adapterlab.equation import blend_obstacle, compute_term, factors, merge_terms, multiplier_obstacle
 from adapterlab.errors import AdapterLabError
+from adapterlab.methods import never_merged
 from adapterlab.mounts import adapter_state, plain_peft, prefixed, skeleton
 
 if TYPE_CHECKING:
@@ -22,6 +24,30 @@ APPROXIMATE = (
 )  # fmt: skip
 
 
+def concatenate_obstacle(layers: Mapping[str, Any], name: str) -> str | None:
+    """Why an adapter with these layers can't be a part of one LoRA, or None if it can."""
+    for layer in layers.values():
+        reason = blend_obstacle(layer, name)
+        if reason is not None:
+            return f"{reason}, so no LoRA equals it. Give it a column of its own instead."
+        if factors(layer, name)[0] is None:
+            return (
+                "IA3 multiplies instead of adding, so no LoRA equals it. A blend, as a column of lab.compare, is exact."
+            )
+        if _adds_bias(layer, name):
+            return (
+                "it has lora_bias, which the sum of several can't keep. A blend, as a column of lab.compare, is exact."
+            )
+    return None
+
+
+def _adds_bias(layer: Any, name: str) -> bool:
+    """Whether the layer adds a vector of the adapter's own to what the base's module gives."""
+    out = getattr(layer, "lora_B", None)
+    biased = out is not None and name in out and getattr(out[name], "bias", None) is not None
+    return biased or name in getattr(layer, "beft_bias", ())
+
+
 def concatenated(adapters: Adapters, column: Column) -> tuple[PeftConfig, dict[str, Any]]:
     """A LoRA that equals the blend W + Σ mᵢΔWᵢ: B = [B₁ B₂ …], A = [e₁A₁; e₂A₂; …], scaling 1, rank the sum of ranks.
 
@@ -31,17 +57,14 @@ def concatenated(adapters: Adapters, column: Column) -> tuple[PeftConfig, dict[s
     import torch
     from peft import LoraConfig
 
+    for name in column.names:
+        why = concatenate_obstacle(adapters.mounts.adapters[name].layers, name)
+        if why is not None:
+            raise AdapterLabError(f"{name!r} can't be concatenated: {why}")
     terms: dict[str, list[Any]] = {}
     for name, multiplier in column.parts:
         for path, layer in adapters.mounts.adapters[name].layers.items():
-            reason = blend_obstacle(layer, name)
-            term = None if reason else compute_term(layer, name, multiplier)
-            if term is None or term.A is None or term.bias is not None:
-                why = reason or ("IA3 multiplies instead of adding" if term and term.A is None else "it has lora_bias")
-                raise AdapterLabError(
-                    f"{name!r} can't be concatenated: {why}. lab.compare(…, columns=[{column.as_dict()}]) blends it as it is."
-                )
-            terms.setdefault(path, []).append(term)
+            terms.setdefault(path, []).append(compute_term(layer, name, multiplier))
     state: dict[str, Any] = {}
     ranks: dict[str, int] = {}
     for path, here in terms.items():
@@ -114,28 +137,82 @@ def approximated(
     return made, {key: value.detach().clone() for key, value in state.items()}
 
 
+_SAVE_INSTEAD = "save the adapter instead, with lab.save_adapter."
+
+
+def merge_obstacle(adapters: Adapters, column: Column) -> str | None:
+    """Why `column` can't become weights of a plain model of its own, or None if it can. Reads no weights."""
+    why = base_merge_obstacle(adapters)
+    for name in column.names if why is None else ():
+        why = why or adapter_merge_obstacle(adapters, name, adapters.mounts.adapters[name].layers)
+    return why
+
+
+def base_merge_obstacle(adapters: Adapters) -> str | None:
+    """Why nothing can be merged into this base, or None if it can."""
+    model = adapters.model
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        return (
+            "merging into quantised weights rounds the adapter away and changes the outputs. Open the lab without "
+            "quantization and merge there, or save the adapter with lab.save_adapter."
+        )
+    if any(parameter.is_meta for parameter in adapters.base.values()):
+        return (
+            "accelerate keeps weights of the base on disk or on the host, where nothing can be merged into them. Load the "
+            f"base without offload, or {_SAVE_INSTEAD}"
+        )
+    return None
+
+
+def adapter_merge_obstacle(adapters: Adapters, name: str, layers: Mapping[str, Any]) -> str | None:
+    """Why these layers of an adapter can't become weights, or None if they can."""
+    model, config = adapters.model, adapters.mounts.adapters[name].config
+    tied = adapters.tied if model.config.is_encoder_decoder else {}
+    never = never_merged(str(getattr(config.peft_type, "value", config.peft_type)))
+    if never is not None:
+        return f"{never}. Plain PEFT runs it: {_SAVE_INSTEAD}"
+    for path, layer in layers.items():
+        if _keeps_ties(layer):
+            lonely = [
+                other for other in adapters.tied.get(path, ()) if other not in adapters.mounts.adapters[name].layers
+            ]
+            if lonely:
+                return f"{path} shares its weight with {', '.join(lonely)}, where its tokens are not trained: {_SAVE_INSTEAD}"
+        elif path in tied:
+            return (
+                f"{path} shares its weight with {', '.join(tied[path])}, and a saved encoder-decoder model ties them "
+                f"again: {_SAVE_INSTEAD}"
+            )
+        if _adds_bias(layer, name) and getattr(adapters.mounts.sites[path].original, "bias", None) is None:
+            return (
+                f"{path} would get a bias, which {type(model).__name__} has not there, and from_pretrained leaves it "
+                f"out: {_SAVE_INSTEAD}"
+            )
+    return None
+
+
+def _keeps_ties(layer: Any) -> bool:
+    """Trained tokens go into the shared weight itself, through PEFT's own care for tied modules."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    return isinstance(layer, (TrainableTokensLayer, TrainableTokensWrapper))
+
+
 def merged_model(adapters: Adapters, column: Column) -> Any:
     """A plain transformers model of its own with the column merged into its weights; the lab's model is left alone.
 
-    Takes the memory of a second base. Raises `AdapterLabError` on a quantised base, where rounding would change the
-    outputs, and for methods that can't be merged.
+    Takes the memory of a second base. Raises `AdapterLabError` with what `merge_obstacle` says.
     """
-    model = adapters.model
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise AdapterLabError(
-            "Merging into quantised weights rounds the adapter away and changes the outputs: open the lab without "
-            "quantization and merge there, or save the adapter with lab.save_adapter."
-        )
+    why = merge_obstacle(adapters, column)
+    if why is not None:
+        raise AdapterLabError(f"{column.label} can't be merged: {why}")
     with adapters.using(None) as bare:
         plain = copy.deepcopy(bare)
     plain.__dict__.pop("_adapterlab", None)
     plain._hf_peft_config_loaded = False
-    blendable = all(
-        blend_obstacle(layer, name) is None
-        for name in column.names
-        for layer in adapters.mounts.adapters[name].layers.values()
-    )
-    if blendable:
+    mounted = {name: adapters.mounts.adapters[name].layers for name in column.names}
+    if all(multiplier_obstacle(layers, name) is None for name, layers in mounted.items()):
         _merge_by_equation(adapters, column, plain)
     else:
         _merge_by_peft(adapters, column, plain)
@@ -157,29 +234,29 @@ def _merge_by_equation(adapters: Adapters, column: Column, plain: Any) -> None:
             module: Any = plain.get_submodule(path)
             transposed = not isinstance(module, nn.Linear)
             weight, bias = merge_terms(module.weight, getattr(module, "bias", None), terms, transposed=transposed)
-            _untie(plain, path, module)
+            _untie(plain, module)
             module.weight = nn.Parameter(weight)
             if bias is not None:
                 module.bias = nn.Parameter(bias)
 
 
-def _untie(plain: Any, path: str, module: Any) -> None:
+def _untie(plain: Any, module: Any) -> None:
     """A merged lm_head must not change the input embeddings that share its tensor, nor the other way round."""
-    sharing = [
-        name for name, m in plain.named_modules() if m is not module and getattr(m, "weight", None) is module.weight
-    ]
-    if sharing and plain.config.is_encoder_decoder:
-        raise AdapterLabError(
-            f"{path} shares its weight with {', '.join(sharing)}, and a saved encoder-decoder model ties them again: "
-            "save the adapter instead, with lab.save_adapter."
-        )
     ends = (plain.get_input_embeddings(), plain.get_output_embeddings())
     if module in ends and ends[0] is not None and ends[1] is not None and ends[0].weight is ends[1].weight:
         plain.config.tie_word_embeddings = False
 
 
 def _merge_by_peft(adapters: Adapters, column: Column, plain: Any) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
     name = column.names[0]
+    for path, layer in adapters.mounts.adapters[name].layers.items():
+        if path in adapters.tied and isinstance(layer, BaseTunerLayer) and not _keeps_ties(layer):
+            module: Any = plain.get_submodule(path)  # PEFT would add to the weight of those that share it, too
+            _untie(plain, module)
+            module.weight = nn.Parameter(module.weight.detach().clone())
     config, state = adapters.state(name)
     wrapped = plain_peft(plain, config, state, name)
     try:

@@ -39,11 +39,15 @@ class Site:
 
 @dataclass
 class Mounted:
-    """One adapter, harvested: PEFT's layers by path, its config, and the parameters PEFT would train."""
+    """One adapter, harvested: PEFT's layers by path, its config, and the parameters PEFT would train.
+
+    `kinds`: one layer of each kind, once capabilities.py has looked.
+    """
 
     layers: dict[str, nn.Module]
     config: PeftConfig
     trainable: list[nn.Parameter]
+    kinds: dict[str, nn.Module] | None = None
 
 
 class Mounts:
@@ -422,7 +426,10 @@ def skeleton(model: Any) -> Iterator[Any]:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
             shared[id(weights)] = weights
-        for holder in (module.__dict__.get("state"), module._parameters.get("weight")):  # bitsandbytes' 8-bit weights
+        statistics = module.__dict__.get("quant_state")  # of bitsandbytes' 4-bit weights, which have it too
+        if statistics is not None:
+            shared[id(statistics)] = statistics
+        for holder in (module.__dict__.get("state"), module._parameters.get("weight")):  # and its 8-bit weights
             for tensor in (getattr(holder, "CB", None), getattr(holder, "SCB", None)):
                 if tensor is not None:
                     shared[id(tensor)] = tensor

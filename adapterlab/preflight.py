@@ -1,28 +1,48 @@
-"""Does this adapter fit this model? Read from the config and the weights file's header, before anything is touched."""
+"""Does this adapter fit this model? Read from the config and the weights file's header, before anything is touched.
+
+The verdict is a `Preflight`; what is compared stands in checks.py. Here are the readers, and what an adapter would hold.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.methods import check_config, is_drawn
+from adapterlab.methods import check_config, method_label
 from adapterlab.mounts import MAGNITUDE, PREFIX, adapter_state, inject, skeleton, unwrap
+from adapterlab.quantization import base_module, packed_as, packed_objection, packed_obstacle
 
 if TYPE_CHECKING:
+    import pandas as pd
     from peft import PeftConfig
     from torch import nn
 
-_LISTED = 4  # how many keys a message names before it counts the rest
+_COLUMNS = ("check", "item", "found", "expected", "problem")
+_SHOWN = 40  # rows of the table before the rest is only counted
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that is otherwise than this lab has it. `check`: method, option, base model, target modules, quantization,
+    tensors, shapes or vocabulary. `problem`: whether it forbids loading."""
+
+    check: str
+    item: str
+    found: str
+    expected: str
+    problem: bool
 
 
 @dataclass
 class Preflight:
-    """The verdict on one adapter: `problems` forbid loading it, `notes` are worth knowing.
+    """The verdict on one adapter: `problems` forbid loading it, `notes` are worth knowing; both are sentences.
 
-    `tensors` is how many of the layers' tensors the file holds, `expected` how many there are.
+    `tensors` is how many of the layers' tensors the file holds, `expected` how many there are, `parameters` how many
+    values those in the file have. `mismatches` has one entry for each thing that differs, however many the sentences
+    name; `to_frame()` gives them as a table.
     """
 
     source: str
@@ -32,15 +52,59 @@ class Preflight:
     parameters: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    mismatches: list[Mismatch] = field(default_factory=list, repr=False)
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
+    @property
+    def verdict(self) -> str:
+        """One line: whether it fits, and how large it is or how much is wrong."""
+        if self.ok:
+            size = f"{self.tensors} of {self.expected} tensors, {self.parameters:,} parameters"
+            return f"{self.source} fits: {method_label(self.method)}, {size}."
+        count = len(self.problems)
+        return f"{self.source} does not fit: {count} problem{'s' if count > 1 else ''}."
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per mismatch: check, item, found, expected (texts), problem (whether it forbids loading)."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(mismatch) for mismatch in self.mismatches], columns=list(_COLUMNS))
+
     def raise_for_problems(self) -> None:
         """Raise one `AdapterLabError` that lists all problems, if there are any."""
         if self.problems:
-            raise AdapterLabError(f"{self.source!r} does not fit this model: " + " Also, ".join(self.problems))
+            kind = any(each.problem and each.check in ("method", "option") for each in self.mismatches)
+            what = "can't be used in the lab" if kind else "does not fit this model"
+            raise AdapterLabError(f"{self.source!r} {what}: " + " Also, ".join(self.problems))
+
+    def tell(self, text: str, mismatches: list[tuple[str, str, Any, Any]], *, problem: bool) -> None:
+        """Add a sentence, and (check, item, found, expected) of each thing it is about."""
+        (self.problems if problem else self.notes).append(text)
+        self.mismatches += [
+            Mismatch(check, item, str(found), str(expected), problem) for check, item, found, expected in mismatches
+        ]
+
+    def details(self) -> str:
+        """All mismatches as lines of text; "" if there are none."""
+        return "\n".join(f"{m.check} · {m.item}: {m.found}; expected {m.expected}" for m in self.mismatches)
+
+    def __str__(self) -> str:
+        lines = [self.verdict, *(f"- {text}" for text in self.problems), *(f"- Note: {text}" for text in self.notes)]
+        return "\n".join([*lines, *(["", self.details()] if self.mismatches else [])])
+
+    def _repr_html_(self) -> str:
+        items = [*self.problems, *(f"Note: {text}" for text in self.notes)]
+        said = "".join(f"<li>{escape(item)}</li>" for item in items)
+        table = ""
+        if self.mismatches:
+            frame = self.to_frame()
+            more = f"<p>and {len(frame) - _SHOWN} more, in to_frame()</p>" if len(frame) > _SHOWN else ""
+            rows = frame.head(_SHOWN).to_html(index=False, escape=True)
+            table = f"<details><summary>{len(frame)} mismatches</summary>{rows}{more}</details>"
+        return f"<p><b>{escape(self.verdict)}</b></p>" + (f"<ul>{said}</ul>" if said else "") + table
 
 
 def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
@@ -48,21 +112,26 @@ def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
 
     Raises `AdapterLabError` for a method, task or option that can't live in a lab, or values that PEFT refuses.
     """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    check_config(raw, source)
+    try:
+        return make_known_config(raw)
+    except Exception as error:  # a config's own checks raise whatever its values provoke
+        name = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]].__name__
+        raise AdapterLabError(f"{source!r}: its adapter_config.json is not what {name} takes: {error}") from error
+
+
+def make_known_config(raw: dict[str, Any]) -> PeftConfig:
+    """PEFT's config of a mapping whose method it knows, fields that it does not know left out. Raises what PEFT raises."""
     import warnings
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    check_config(raw, source)
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]
     known = {key: value for key, value in raw.items() if key not in ("auto_mapping", "peft_version")}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # newer PEFT wrote this file
-            config: Any = cls.from_peft_type(**known)
-    except (TypeError, ValueError, KeyError) as error:
-        raise AdapterLabError(
-            f"{source!r}: its adapter_config.json is not what {cls.__name__} takes: {error}"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # newer PEFT wrote this file
+        config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]].from_peft_type(**known)
     config.inference_mode = True
     return config
 
@@ -119,11 +188,46 @@ def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str
 def expected_tensors(model: nn.Module, config: PeftConfig, name: str) -> dict[str, Any]:
     """The tensors, without memory, of a fresh adapter with this config by the keys it would save, found in a skeleton.
 
-    `model` must be bare; it is left as it was, and no memory is taken for the adapter. Raises what PEFT raises.
+    `model` must be bare; it is left as it was, and no memory is taken for the adapter. Raises what PEFT raises, and
+    `AdapterLabError` for what can't stand over 8-bit or 4-bit weights.
     """
     with skeleton(model) as twin:
-        inject_without_memory(config, twin, name)
+        inject_checked(config, twin, name)
         return {key: tensor.to("meta") for key, tensor in adapter_state(twin, name).items()}
+
+
+def inject_checked(config: PeftConfig, model: Any, name: str) -> None:
+    """`inject_without_memory` into `model`; `AdapterLabError` for what can't stand over 8-bit or 4-bit weights. Raises what
+    PEFT raises."""
+    kind = next((found for module in model.modules() if (found := packed_as(module))), None)
+    try:
+        inject_without_memory(config, model, name)
+    except Exception as error:
+        why = None if kind is None else _packed_objection(model, config, kind)
+        if why is not None:
+            raise AdapterLabError(why) from error
+        raise
+    if kind is not None:
+        why = packed_obstacle(_over_packed(model), str(getattr(config.peft_type, "value", config.peft_type)), kind)
+        if why is not None:
+            raise AdapterLabError(why)
+
+
+def _over_packed(twin: Any) -> list[Any]:
+    """PEFT's layers and wrappers over 8-bit or 4-bit weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [m for m in twin.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [layer for layer in layers if packed_as(base_module(layer)) is not None]
+
+
+def _packed_objection(model: Any, config: Any, quantization: str) -> str | None:
+    """What is known to go wrong over packed weights, after PEFT has failed and left no layers to look at."""
+    names = getattr(config, "modules_to_save", None) or ()
+    paths = [path for path, module in model.named_modules() if packed_as(module)]
+    whole = any(f".{path}".endswith(f".{name}") for path in paths for name in names)
+    return packed_objection(str(getattr(config.peft_type, "value", config.peft_type)), quantization, whole=whole)
 
 
 def _shrunk(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, tuple[int, ...]]:
@@ -156,57 +260,3 @@ def inject_without_memory(config: PeftConfig, twin: Any, name: str) -> Any:
         unwrap(twin)
         twin.__dict__.pop("peft_config", None)
         return inject(config, twin, name)
-
-
-def compute_preflight(
-    model: Any, config: PeftConfig, shapes: dict[str, tuple[int, ...]], source: str, base_path: str
-) -> Preflight:
-    """Compare what the file holds with what the model's layers would take; every mismatch is listed.
-
-    A key that no layer of this config owns is a problem, not a curiosity: PEFT would write it into the base.
-    """
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    flight = Preflight(source, method, expected=0)
-    try:
-        expected = expected_shapes(model, config, "preflight")
-    except Exception as error:  # whatever PEFT says of target_modules, ranks or layers is the verdict
-        flight.problems.append(f"PEFT can't put it into {type(model).__name__}: {_first_sentence(error)}")
-        return flight
-    flight.expected = len(expected)
-    foreign = [key for key in shapes if key not in expected]
-    matched = [key for key in shapes if key in expected]
-    flight.tensors = len(matched)
-    flight.parameters = sum(math.prod(shapes[key]) for key in matched)
-    if foreign:
-        flight.problems.append(
-            f"{len(foreign)} of its {len(shapes)} tensors belong to no layer of its own config and would land in the "
-            f"base or nowhere: {_listed(foreign)}."
-        )
-    wrong = [key for key in matched if shapes[key] != expected[key]]
-    if wrong:
-        details = [f"{key} is {list(shapes[key])}, the model needs {list(expected[key])}" for key in wrong]
-        flight.problems.append(
-            f"{len(wrong)} tensors have another shape ({_listed(details)}): it was made for another base."
-        )
-    if not matched:
-        flight.problems.append("none of its tensors matches a layer of this model.")
-    missing = len(expected) - len(matched)
-    if matched and missing:
-        gone = [key for key in expected if key not in shapes]
-        said = f"{len(matched)} of {len(expected)} tensors loaded; missing from the file: {_listed(gone)}."
-        # A missing LoRA pair starts as zero and adds nothing, unless the config asks for random numbers.
-        (flight.problems if is_drawn(config) else flight.notes).append(said)
-    theirs = getattr(config, "base_model_name_or_path", None)
-    if isinstance(theirs, str) and theirs and base_path and theirs.rstrip("/") != base_path.rstrip("/"):
-        flight.notes.append(f"It names {theirs!r} as its base, this lab's is {base_path!r}.")
-    return flight
-
-
-def _listed(items: list[str]) -> str:
-    rest = len(items) - _LISTED
-    return "; ".join(items[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 SHORTHANDS = ("8bit", "4bit")
+_PACKED = {"Linear8bitLt": "8bit", "Linear4bit": "4bit"}
 
 
 def quantization_settings(quantization: str | None, quantization_config: Any, device_map: Any = "auto") -> Any:
@@ -72,6 +74,62 @@ def quantization_of(model: PreTrainedModel) -> str | None:
     return None if name == "gguf" else name  # GGUF weights are dequantized while they are read
 
 
+def packed_as(module: Any) -> str | None:
+    """ "8bit" or "4bit" for a layer of bitsandbytes', None for any other module."""
+    return _PACKED.get(type(module).__name__)
+
+
+def base_module(layer: Any) -> Any:
+    """The base's module under one of PEFT's layers or wrappers."""
+    original = getattr(layer, "original_module", None)
+    return layer.get_base_layer() if original is None and hasattr(layer, "get_base_layer") else original
+
+
+def stay_whole(model: Any) -> frozenset[str]:
+    """Paths of the bare model's linear layers that transformers would not pack: its head, tied ones, those kept in fp32."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    keys = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    around = [f".{key}." for key in keys]
+    return frozenset(
+        path
+        for path, module in model.named_modules()
+        if hasattr(module, "weight") and any(key in f".{path}." for key in around)
+    )
+
+
+def would_pack(module: Any) -> bool:
+    """Whether bitsandbytes has packed weights for such a module."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def packed_obstacle(over: Iterable[Any], method: str, quantization: str) -> str | None:
+    """Why an adapter of this PEFT type can't have weights of this quantization under it, or None if it can.
+
+    over: those of its layers whose weights are packed, or would be.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    over = list(over)
+    whole = any(isinstance(layer, ModulesToSaveWrapper) for layer in over)
+    return packed_objection(method, quantization, whole=whole) if over else None
+
+
+def packed_objection(method: str, quantization: str, *, whole: bool) -> str | None:
+    """The same by what is asked for. whole: `modules_to_save` names some of the packed layers."""
+    from adapterlab.methods import over_packed_obstacle
+
+    if whole:
+        return (
+            "modules_to_save copies whole layers, and packed weights can't be trained: leave those layers out of "
+            "modules_to_save, or open the base without quantization."
+        )
+    return over_packed_obstacle(method, quantization)
+
+
 def computing_dtype(model: PreTrainedModel) -> str:
     """The narrowest dtype that a forward goes through: the model's own, or what its 4-bit layers multiply in."""
     import torch
@@ -104,13 +162,25 @@ def refuse_packed_4bit(model: nn.Module) -> None:
         )
 
 
-def keep_8bit_scales(layer: nn.Module) -> RemovableHandle:
+def keep_8bit_scales(layer: nn.Module) -> Kept8bitScales:
     """Let an 8-bit layer run after PEFT has read its weights, as DoRA does in each forward.
 
     On a CPU PEFT's `dequantize_module_weight` then puts another parameter in the weight's place. Once bitsandbytes has
     moved the scales to the layer's state, that one is without, and the next forward would look for them there (issue 3).
     """
-    return layer.register_forward_pre_hook(_look_in_the_state)
+    return Kept8bitScales(layer, layer.register_forward_pre_hook(_look_in_the_state))
+
+
+@dataclass(frozen=True)
+class Kept8bitScales:
+    """What `keep_8bit_scales` did to a layer. `remove()` takes it back and leaves a layer that runs without it."""
+
+    layer: nn.Module
+    hook: RemovableHandle
+
+    def remove(self) -> None:
+        _look_in_the_state(self.layer, ())  # the last forward may have been DoRA's
+        self.hook.remove()
 
 
 def _look_in_the_state(layer: Any, args: Any) -> None:

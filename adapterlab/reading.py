@@ -89,6 +89,10 @@ class AdapterReader:
         total.update(content.digest())
         return total.hexdigest()
 
+    def nbytes(self) -> int:
+        """Bytes of the tensors that `digest` read last."""
+        return sum(table[key].nbytes for table, key in zip(*self._slots[1:]))
+
     def _stands(self) -> bool:
         """Whether every step leads where it led, and to a tensor."""
         if not self._slots:

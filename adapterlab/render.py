@@ -6,7 +6,9 @@ from __future__ import annotations
 import difflib
 import re
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.concatenation import counterparts, departure, labs_of, megabytes, split_label
 
 if TYPE_CHECKING:
     from adapterlab.comparison import Comparison, Generation
@@ -18,8 +20,9 @@ _HEAD = 'style="text-align:left;vertical-align:top;padding:8px 12px"'
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """One table per prompt, one column per column of the comparison."""
-    return "\n".join(_table(comparison, index) for index in range(len(comparison.prompts)))
+    """One table per prompt, one column per column of the comparison; before them, a line for each lab of several."""
+    labs = [_lab(label, about) for label, about in labs_of(comparison).items()]
+    return "\n".join([*labs, *(_table(comparison, index) for index in range(len(comparison.prompts)))])
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -70,20 +73,40 @@ def _with_sign(text: str, at: int | None, sign: str) -> str:
     return escape(text[:at]) + sign + escape(text[at:])
 
 
+def _lab(label: str, about: dict[str, Any]) -> str:
+    kind = " · ".join(str(about[key]) for key in ("name", "dtype", "quantization", "device") if about.get(key))
+    names = {"base_bytes": "base {}", "adapter_bytes": "adapters {}", "peak_bytes": "{} more while it ran"}
+    sizes = ", ".join(names[key].format(f"{size:,.1f} MB") for key, size in megabytes(about).items())
+    words = [escape(part) for part in (kind, sizes, str(about.get("note", ""))) if part]
+    return f"<p><b>{escape(label)}</b>: {' · '.join(words)}</p>"
+
+
 def _table(comparison: Comparison, index: int) -> str:
-    row = [g for g in comparison.generations if g.prompt_index == index]
-    base = {g.column.rpartition(" · ")[0]: g.text for g in row if g.column.rpartition(" · ")[2] == "base"}
-    heads = "".join(f"<th {_HEAD}>{escape(g.column)}</th>" for g in row)
-    cells = "".join(f"<td {_CELL}>{_text(g, base.get(g.column.rpartition(' · ')[0]))}</td>" for g in row)
-    proofs = "".join(f"<td {_HEAD}><small>{_proof(g)}</small></td>" for g in row)
+    leads = counterparts(comparison)
+    row = [(g, leads.get(place)) for place, g in enumerate(comparison.generations) if g.prompt_index == index]
+    base = {split_label(g.column)[0]: g.text for g, _ in row if split_label(g.column)[1] == "base"}
+    heads = "".join(f"<th {_HEAD}>{escape(g.column)}</th>" for g, _ in row)
+    cells = "".join(f"<td {_CELL}>{_text(g, base.get(split_label(g.column)[0]))}</td>" for g, _ in row)
+    first = next(iter(labs_of(comparison)), "")
+    proofs = "".join(f"<td {_HEAD}><small>{_proof(g)}{_leaves(g, lead, first)}</small></td>" for g, lead in row)
     return (
         f"<p><b>{escape(comparison.prompts[index])}</b></p>"
         f"<table><thead><tr>{heads}</tr></thead><tbody><tr>{cells}</tr><tr>{proofs}</tr></tbody></table>"
     )
 
 
+def _leaves(generation: Generation, lead: Generation | None, first: str) -> str:
+    """Where and how far a lab's column leaves the first lab's."""
+    if lead is None:
+        return ""
+    leaves = departure(lead, generation)
+    theirs = f"{escape(first)} · {escape(split_label(lead.column)[1])}"
+    where = f"as {theirs}" if leaves.place is None else f"first leaves {theirs} at token {leaves.place + 1}"
+    return f"<br>{where}" + (f"; mean |Δlogprob| until there {leaves.shift:.2g}" if leaves.shared else "")
+
+
 def _text(generation: Generation, base: str | None) -> str:
-    if base is None or generation.column.rpartition(" · ")[2] == "base":
+    if base is None or split_label(generation.column)[1] == "base":
         return escape(generation.text)
     return mark_words(generation.text, base)
 

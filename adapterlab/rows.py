@@ -10,7 +10,7 @@ The number of rows comes from the run and never from x.shape: OPT's fc1 and MoE 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -291,26 +291,39 @@ def _stack(columns: list[list[Tensor]], neutral: float, join: Callable[[Tensor, 
 def row_obstacle(mounts: Mounts, column: Column) -> str | None:
     """Why `column` can't be rows of a batch, or None if it can."""
     for name in column.names:
-        for path, layer in mounts.adapters[name].layers.items():
-            reason = blend_obstacle(layer, name)
-            if reason and not (column.single and is_dora(layer, name)):
-                return reason
-            if isinstance(mounts.sites[path].original, nn.Embedding):
-                return "it adapts an embedding"
-            if ".experts." in path:
-                return "it adapts experts, which see a part of the tokens only"
+        reason = adapter_row_obstacle(mounts, name, mounts.adapters[name].layers, alone=column.single is not None)
+        if reason is not None:
+            return reason
     return None
 
 
-def model_obstacle(model: Any) -> str | None:
-    """Why no columns of this model can share a batch, or None if they can."""
+def adapter_row_obstacle(mounts: Mounts, name: str, layers: Mapping[str, nn.Module], *, alone: bool) -> str | None:
+    """The same for these layers of one adapter. alone: it is the column's only one, at multiplier 1."""
+    for path, layer in layers.items():
+        reason = blend_obstacle(layer, name)
+        if reason and not (alone and is_dora(layer, name)):
+            return reason
+        if isinstance(mounts.sites[path].original, nn.Embedding):
+            return "it adapts an embedding"
+        if ".experts." in path:
+            return "it adapts experts, which see a part of the tokens only"
+    return None
+
+
+def is_spread(model: Any) -> bool:
+    """Whether accelerate has placed the model's parts on several devices, the disk being one."""
     devices = getattr(model, "hf_device_map", None) or {}
-    if len(set(map(str, devices.values()))) > 1:
+    return len(set(map(str, devices.values()))) > 1
+
+
+def model_obstacle(model: Any, packed: Iterable[nn.Module] | None = None) -> str | None:
+    """Why no columns of this model can share a batch, or None if they can. packed: its quantised layers, if known."""
+    if is_spread(model):
         return "the model is spread over several devices"
-    for module in model.modules():
-        state: Any = getattr(module, "state", None)
-        if type(module).__name__ == "Linear8bitLt" and getattr(state, "threshold", 0.0) > 0:
-            return (
-                f"8-bit layers at llm_int8_threshold={state.threshold:g} let the rows of a batch leak into each other"
-            )
+    for module in model.modules() if packed is None else packed:
+        if type(module).__name__ != "Linear8bitLt":
+            continue
+        threshold = getattr(module.state, "threshold", 0.0)
+        if threshold > 0:
+            return f"8-bit layers at llm_int8_threshold={threshold:g} let the rows of a batch leak into each other"
     return None

@@ -7,6 +7,7 @@ two columns that give equal logits give equal tokens, and a column does not depe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 import time
@@ -112,6 +113,7 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
         import torch
 
         from adapterlab.kvcache import let_grow
+        from adapterlab.peaks import cache_tensors, note
 
         longest = stopping_criteria.max_length
         let_grow(model_kwargs.get("past_key_values"), longest and longest - 1)  # the last token is not read any more
@@ -147,16 +149,18 @@ def make_decoder(rows: list[Row], stop: threading.Event, layout: Layout | None =
                 row.on_step(row, row.finish_reason or None)
             done = [bool(row.finish_reason) for row in live]
             if all(done):
-                return input_ids
+                break
             leaving = layout is not None and any(done) and _can_shrink(model_kwargs, logits_processor)
             keep = layout.keep(done) if layout is not None and leaving else None
             if keep is not None:
+                note("KV cache", functools.partial(cache_tensors, model_kwargs))  # before it shrinks
                 live = [live[i] for i in keep]
                 input_ids, model_kwargs = _select(input_ids, model_kwargs, keep)
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
             )
             outputs = model(**inputs, return_dict=True)
+        note("KV cache", functools.partial(cache_tensors, model_kwargs))
         for row in rows:
             if not row.finish_reason:
                 row.finish_reason, row.ended = "stopped", time.perf_counter()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.columns import Column
 from adapterlab.fingerprints import base_digest
 from adapterlab.generation import cache_bytes, decoder_start, eval_mode, free_memory, input_device
+from adapterlab.peaks import cache_tensors, note
 from adapterlab.quiet import silence_known_noise
 from adapterlab.rows import Rows, RowsError, model_obstacle, row_obstacle
 
@@ -198,6 +199,7 @@ class _Lane:
                 keep = {"use_cache": True, "past_key_values": self.cache} if end - start < batch.width else {}
                 out = model(input_ids=ids, attention_mask=mask, **(keep or {"use_cache": False}))
                 self.cache = getattr(out, "past_key_values", None)
+            note("KV cache", lambda: cache_tensors({"cache": self.cache}))
         return out.logits.view(count, len(batch.passages), end - start, -1)
 
 

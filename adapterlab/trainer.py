@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from adapterlab.adalora import AdaLoraCallback
 from adapterlab.errors import AdapterLabError
+from adapterlab.peaks import note, optimizer_tensors
 from adapterlab.sessions import interrupt_stops
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, session: Session, **trainer: Any) -> None:
         self.session = session
+        session.adapters.trainers.add(self)
         self._inside = False
         self._started = time.perf_counter()
         self.took = 0.0
@@ -88,6 +90,7 @@ class AdapterTrainer(Trainer):
         with self.session.training(), interrupt_stops(self.session.stop):
             self.model.config.use_cache = bool(getattr(self.args, "use_cache", False))
             self._inside, self._started = True, time.perf_counter()
+            before = {id(tensor) for tensor in optimizer_tensors(self.optimizer)}  # an earlier training's: no news
             try:
                 return super().train(resume_from_checkpoint=resume, **kwargs)
             except StoppedTraining:
@@ -96,12 +99,19 @@ class AdapterTrainer(Trainer):
             finally:
                 self._inside = False
                 self.took = time.perf_counter() - self._started
+                note("optimizer", lambda: [t for t in optimizer_tensors(self.optimizer) if id(t) not in before])
+                note("importance averages", self.averages)
                 if self.allocation is not None:
                     self.allocation.finish()
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, _Bar):
                         callback.close()
                 self.model.zero_grad(set_to_none=True)
+
+    def averages(self) -> list[torch.Tensor]:
+        """What AdaLoRA's allocation keeps from step to step, as large as the optimizer's state; empty for other methods."""
+        allocator = None if self.allocation is None else self.allocation.allocator
+        return [] if allocator is None else allocator.averages()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the adapter, as transformers does, whatever is selected in the lab."""
@@ -264,6 +274,10 @@ class _Watch(TrainerCallback):
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
+        self.told = False  # how much the gradients take, which is the same at each step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told = False
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop.is_set():
@@ -280,6 +294,9 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        if not self.told:
+            note("gradients", lambda: [p.grad for p in model.parameters() if p.grad is not None])
+            self.told = True
         if getattr(optimizer, "scaler", None) is not None:
             return  # it leaves such steps out by itself
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+    from adapterlab.adapters import Adapters
     from adapterlab.runs import TrainingRun
     from adapterlab.trainer import AdapterTrainer, Session
 
@@ -151,7 +152,7 @@ def make_arguments(given: dict[str, Any], lessons: Lessons, model: Any, method: 
     if model.device.type == "cpu":
         usual |= {"use_cpu": True, "dataloader_pin_memory": False}
     else:
-        usual |= _mixed_precision(model, given)
+        usual |= mixed_precision(model, given)
     if lessons.held_out is not None:
         usual["per_device_eval_batch_size"] = batch
         usual["eval_on_start"] = True
@@ -180,7 +181,7 @@ def _check_numbers(chosen: dict[str, Any]) -> None:
         raise AdapterLabError("These training arguments can't be used: " + "; ".join(wrong) + ".")
 
 
-def _mixed_precision(model: Any, given: Mapping[str, Any]) -> dict[str, bool]:
+def mixed_precision(model: Any, given: Mapping[str, Any]) -> dict[str, bool]:
     """On a GPU: compute in the base's half precision, if that is what it is in; adapters stay float32."""
     import torch
 
@@ -191,13 +192,54 @@ def _mixed_precision(model: Any, given: Mapping[str, Any]) -> dict[str, bool]:
     return {"fp16": True} if model.dtype == torch.float16 and torch.cuda.is_available() else {}
 
 
+def train_obstacle(adapters: Adapters, name: str) -> str | None:
+    """Why adapter `name` can't be trained here, whatever the data, or None if it can. Reads no weights."""
+    layers = adapters.mounts.adapters[name].layers
+    return base_train_obstacle(adapters) or adapter_train_obstacle(adapters, name, layers)
+
+
+def base_train_obstacle(adapters: Adapters) -> str | None:
+    """Why nothing can be trained over this base, or None if something can."""
+    from adapterlab.quantization import quantization_of
+    from adapterlab.rows import is_spread
+
+    model = adapters.model
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        return f"nothing can be trained over weights that are quantised by {quantization_of(model)}: open another base."
+    if any(parameter.is_meta for parameter in adapters.base.values()) and not is_spread(model):
+        return (
+            "accelerate keeps the whole base on disk or on the host, and transformers' Trainer would move it: load the "
+            "base without offload, or a part of it only."
+        )
+    return None
+
+
+def adapter_train_obstacle(adapters: Adapters, name: str, layers: Iterable[str]) -> str | None:
+    """Why an adapter with layers at these paths can't be trained, or None if it can."""
+    from adapterlab.allocation import allocation_obstacle
+    from adapterlab.methods import train_packed_obstacle
+    from adapterlab.quantization import packed_as
+
+    config: Any = adapters.mounts.adapters[name].config
+    for path in layers:
+        packed = packed_as(adapters.mounts.sites[path].original)
+        why = None if packed is None else train_packed_obstacle(method_of(config), packed)
+        if why is not None:
+            return why
+    return allocation_obstacle(config) if method_of(config) == "ADALORA" else None
+
+
 def make_trainer(
     session: Session, lessons: Lessons, arguments: TrainingArguments, tokenizer: Any, keywords: dict[str, Any]
 ) -> AdapterTrainer:
-    """The trainer, ready to train; the lab is as before."""
+    """The trainer, ready to train; the lab is as before. Raises `AdapterLabError` with what `train_obstacle` says."""
     from adapterlab.quiet import quiet
     from adapterlab.trainer import AdapterTrainer
 
+    why = train_obstacle(session.adapters, session.name)
+    if why is not None:
+        raise AdapterLabError(f"{session.name!r} can't be trained: {why}")
     keywords.setdefault("data_collator", make_collator(tokenizer, session.adapters.model))
     with quiet():
         return AdapterTrainer(

@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from adapterlab.adapters import Adapters
     from adapterlab.comparison import Comparison, Generation
 
-TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
+# Nats. Plain PEFT over 8-bit weights is itself up to 0.8 off, and 0.16 on the average, when it reads a text at once instead
+# of token by token: a last bit tips an activation into the next of 255 steps. Another adapter is 5 and 1.3 off.
+TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "8bit": 1.5}
+MEAN_TOLERANCE = {"8bit": 0.4}
 _PLAIN = "plain"
-HALF_TOLERANCE = 0.3  # nats: half precision and quantised layers round differently in a longer batch
+HALF_TOLERANCE = 0.3  # nats: half precision and 4-bit layers round differently in a longer batch
 
 
 def verify_comparison(adapters: Adapters, comparison: Comparison, dtype: str) -> pd.DataFrame:
     """One row per prompt and column: what was recorded, what plain PEFT finds now, and whether they agree.
+
+    dtype: of the base, or how it is quantised ("8bit", "4bit", …): it decides how much rounding is allowed for.
 
     Columns: prompt, column, weights_agree (digest of this run against the weights the lab took in under that name),
     active_agree, logprob_error (largest |Δ| in nats over the text's tokens), tokens_agree, agrees, note. Changes nothing.
@@ -69,7 +74,9 @@ def _verify_one(
     errors = [abs(a - b) for a, b in zip(logprobs, generation.logprobs)]
     error = max(errors, default=0.0)
     limit = TOLERANCE.get(dtype, HALF_TOLERANCE)
-    tokens_agree = len(logprobs) == len(generation.logprobs) and all(e <= limit for e in errors)  # no NaN is
+    together = MEAN_TOLERANCE.get(dtype, limit) * len(errors) + limit  # a few tokens have no average to speak of
+    alike = all(e <= limit for e in errors) and sum(errors) <= together  # no NaN is
+    tokens_agree = alike and len(logprobs) == len(generation.logprobs)
     if not tokens_agree:
         where = next((i for i, e in enumerate(errors) if not e <= limit), 0)
         notes.append(f"from token {where} on, plain PEFT gives other probabilities")

@@ -44,6 +44,7 @@ class FakeLab:
         self.calls: list[tuple[str, Any]] = []
         self.gate: threading.Semaphore | None = None
         self.flight = Preflight("someone/poet", "LORA", 60, 60, 460_800)
+        self.obstacles: dict[str, dict[str, str]] = {}  # adapter → what can't be done with it → why
         self.fail_with: Exception | None = None
         self.said = threading.Event()
         self._stopped = threading.Event()
@@ -62,6 +63,16 @@ class FakeLab:
         owners = [(BASE, BASE_PARAMETERS), *((name, info.parameters) for name, info in self.adapters.items())]
         rows = [{"owner": o, "parameters": n, "bytes": 4 * n, "share_of_base": n / BASE_PARAMETERS} for o, n in owners]
         return pd.DataFrame(rows)
+
+    def capabilities(self) -> pd.DataFrame:
+        rows = []
+        for name, info in self.adapters.items():
+            reasons = {"blend": info.multiplier_obstacle, **self.obstacles.get(name, {})}
+            reasons.setdefault("ranks", "" if info.method == "ADALORA" else "It has none.")
+            for capability in ("batch", "blend", "train", "save", "ranks"):
+                why = reasons.get(capability, "")
+                rows.append({"adapter": name, "capability": capability, "possible": not why, "reason": why})
+        return pd.DataFrame(rows, columns=["adapter", "capability", "possible", "reason"])
 
     @property
     def last(self) -> Comparison:

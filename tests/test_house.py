@@ -18,6 +18,7 @@ HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "ipywidg
 # is there.
 NEEDS_TORCH = {
     "adalora.py",
+    "dryrun.py",
     "equation.py",
     "kvcache.py",
     "linear.py",
@@ -25,6 +26,7 @@ NEEDS_TORCH = {
     "spans.py",
     "stacks.py",
     "trainer.py",
+    "valueless.py",
     "watching.py",
 }
 
@@ -77,7 +79,9 @@ def test_arrows(path: Path) -> None:
     elif path.name not in ("lab.py", "cli.py"):
         assert not {name for name in inner if name.startswith("adapterlab.widgets")}, "only the façade opens the panel"
     if path.parent.name == "plots":
-        assert {n for n in inner if not n.startswith("adapterlab.plots")} <= {"adapterlab.errors"}, "plots see DataFrames only"
+        assert {n for n in inner if not n.startswith("adapterlab.plots")} <= {"adapterlab.errors"}, (
+            "plots see DataFrames only"
+        )
         assert not {n for n in imports(path, everywhere=True) if n.split(".")[0] in {"torch", "transformers", "peft"}}
     if path.name == "errors.py":
         assert not inner

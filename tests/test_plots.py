@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from adapterlab.errors import AdapterLabError
 from adapterlab.plots import make_figure, plot_parameters, plot_ranks, plot_training
@@ -28,7 +29,7 @@ def test_one_bar_per_owner_with_the_exact_numbers_written_beside(frame: pd.DataF
     assert [round(bar.get_width()) for bar in ax.patches] == [BASE, PIRATE, ROBOT]
     shown = [text.get_text() for text in ax.texts]
     # 460800 / 134515008 = 0.342 %, 92160 / 134515008 = 0.0685 %
-    assert shown == ["134,515,008", "460,800  (0.34 % of base)", "92,160  (0.069 % of base)"]
+    assert shown == ["134,515,008", "460,800 · 0.34 % of base", "92,160 · 0.069 % of base"]
 
 
 def test_numbers_a_thousand_apart_both_have_a_bar_to_see(frame: pd.DataFrame) -> None:
@@ -46,8 +47,9 @@ def test_numbers_a_thousand_apart_both_have_a_bar_to_see(frame: pd.DataFrame) ->
 def test_numbers_stay_inside_the_axes(frame: pd.DataFrame) -> None:
     ax = plot_parameters(frame)
     ax.figure.draw_without_rendering()
-    for text in ax.texts:
-        assert text.get_window_extent().x1 <= ax.figure.bbox.x1
+    ends = [text.get_window_extent().x1 for text in ax.texts]
+    right = ax.get_window_extent().x1
+    assert right - 12 < max(ends) <= right, "inside, and the bars take what room there is"
 
 
 def test_colours_are_those_of_okabe_and_ito_and_names_stand_beside(frame: pd.DataFrame) -> None:
@@ -58,13 +60,69 @@ def test_colours_are_those_of_okabe_and_ito_and_names_stand_beside(frame: pd.Dat
 
 def test_rows_of_one_owner_are_added_up() -> None:
     frame = pd.DataFrame({"owner": ["base", "a", "a"], "parameters": [1000, 10, 20]})
-    assert [text.get_text() for text in plot_parameters(frame).texts] == ["1,000", "30  (3 % of base)"]
+    assert [text.get_text() for text in plot_parameters(frame).texts] == ["1,000", "30 · 3 % of base"]
+
+
+@pytest.fixture
+def sizes() -> pd.DataFrame:
+    """As `lab.parameters()`: an adapter with a whole module beside its factors, and a pruned AdaLoRA."""
+    rows = [
+        ("base", "weights", "bfloat16", 331_196_416, 331_196_416, 662_392_832, 662_510_000),
+        ("lora", "weights", "float32", 1_572_864, 1_572_864, 6_291_456, 109_322_000),
+        ("lora", "modules_to_save", "float32", 25_755_648, 25_755_648, 103_022_592, 0),
+        ("ada", "weights", "float32", 400_000, 100_000, 1_600_000, None),
+    ]
+    columns = ["owner", "kind", "dtype", "parameters", "effective", "bytes", "bytes_on_disk"]
+    return pd.DataFrame(rows, columns=columns).astype({"bytes_on_disk": "Int64"})
+
+
+def test_bytes_stand_beside_each_bar_and_parts_have_thin_bars_of_their_own(sizes: pd.DataFrame) -> None:
+    ax = plot_parameters(sizes)
+    # 662392832 B = 662.4 MB; 6291456 + 103022592 = 109314048 B = 109.3 MB; 27328512 / 331196416 = 8.25 %
+    assert [text.get_text() for text in ax.texts] == [
+        "331,196,416\n662.4 MB in memory (bfloat16) · 662.5 MB on disk",
+        "27,328,512 · 8.3 % of base\n109.3 MB in memory (float32) · 109.3 MB on disk",
+        "25,755,648 of these in modules_to_save · 103.0 MB",
+        "400,000 · 0.12 % of base\n1.60 MB in memory (float32)",
+        "100,000 of these effective, the rest is pruned",
+    ]
+    assert [round(bar.get_width()) for bar in ax.patches] == [331_196_416, 27_328_512, 25_755_648, 400_000, 100_000]
+    assert [bar.get_height() < 0.3 for bar in ax.patches] == [False, False, True, False, True]
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [False, False, True, False, False]
+    assert len(ax.get_yticks()) == 3, "a name for each owner, and none for parts"
+    boxes = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches)
+    assert all(upper[1] < lower[0] for upper, lower in pairwise(boxes)), "no bar covers another"
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_long_names_and_many_adapters_stay_in_the_figure(count: int) -> None:
+    names = [f"pirate_speech-opt-350m.rank16_alpha32-all-linear-layers-seed{k:04d}" for k in range(count)]
+    assert len(names[0]) == 64
+    names[-1] = "W" * (26 if count == 1 else 64)  # as wide as a line can be
+    frame = pd.DataFrame({"owner": ["base", *names], "parameters": [BASE, *[PIRATE // (k + 1) for k in range(count)]]})
+    frame = frame.assign(bytes=4 * frame["parameters"], dtype="float32", bytes_on_disk=4 * frame["parameters"] + 999)
+    ax = plot_parameters(frame)
+    ax.figure.draw_without_rendering()
+    labels = ax.get_yticklabels()
+    assert ["".join(label.get_text().split("\n")) for label in labels] == ["base", *names]
+    assert all(text.get_window_extent().x1 <= ax.get_window_extent().x1 for text in ax.texts)
+    boxes = [thing.get_window_extent() for thing in (*labels, *ax.texts)]
+    assert all(box.x0 >= 0 and box.x1 <= ax.figure.bbox.x1 for box in boxes)
+    assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+
+
+def test_a_name_is_no_formula_and_needs_no_font(frame: pd.DataFrame) -> None:
+    frame["owner"] = ["base", "$\\nothing$", "\N{PILE OF POO}\u4f60\n"]
+    ax = plot_parameters(frame)
+    assert ax.figure._repr_png_()  # type: ignore[union-attr]
+    assert ax.get_yticklabels()[1].get_text() == "$\\nothing$"
+    assert ax.get_yticklabels()[2].get_text() == "□□↵"
 
 
 def test_an_owner_without_parameters_has_its_zero_written_out() -> None:
     frame = pd.DataFrame({"owner": ["base", "empty"], "parameters": [1000, 0]})
     ax = plot_parameters(frame)
-    assert ax.texts[1].get_text() == "0  (0 % of base)"
+    assert ax.texts[1].get_text() == "0 · 0 % of base"
     assert ax.patches[1].get_width() <= ax.get_xlim()[0]  # nothing of it inside the axes
 
 
@@ -108,16 +166,25 @@ def test_a_figure_shows_itself_sharply_at_its_size() -> None:
     assert size == {"width": 5 * 96, "height": 2 * 96}
 
 
-def test_no_pyplot_is_imported() -> None:
-    code = (
-        "import sys, pandas as pd; from adapterlab.plots import plot_parameters;"
-        "from adapterlab.plots import plot_ranks, plot_training;"
-        "plot_parameters(pd.DataFrame({'owner': ['base'], 'parameters': [3]})).figure._repr_png_();"
-        "plot_ranks(pd.DataFrame({'layer': [0], 'module': ['q'], 'rank': [3], 'init_r': [4]})).figure._repr_png_();"
-        "plot_training(pd.DataFrame({'step': [1], 'loss': [3.0]}))._repr_png_();"
-        "sys.exit('matplotlib.pyplot' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_importing_the_plots_loads_no_matplotlib_and_drawing_no_pyplot() -> None:
+    code = """
+import sys
+from adapterlab.plots import *
+assert not {"matplotlib", "pandas", "numpy"} & set(sys.modules)
+import pandas as pd
+owner = {"owner": ["base"], "parameters": [3]}
+cell = {"layer": [0], "module": ["q"]}
+plot_parameters(pd.DataFrame(owner)).figure._repr_png_()
+plot_ranks(pd.DataFrame(cell | {"rank": [3], "init_r": [4]})).figure._repr_png_()
+plot_training(pd.DataFrame({"step": [1], "loss": [3.0]}))._repr_png_()
+memory = pd.DataFrame({"owner": ["base"], "kind": ["weights"], "device": ["cpu"], "bytes": [3]})
+plot_memory(memory).figure._repr_png_()
+plot_delta_norms(pd.DataFrame(cell | {"norm": [1.0], "relative_norm": [0.1]})).figure._repr_png_()
+plot_divergence(pd.DataFrame({"column": ["a"], "position": [0], "token": ["b"], "kl": [1.0]}))._repr_png_()
+draw_svg(lambda: plot_memory(memory), "memory")
+sys.exit("matplotlib.pyplot" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- a training --------------------------------------------------------------------------------------------------------
@@ -226,6 +293,39 @@ def ranks() -> pd.DataFrame:
     return frame.astype({"layer": "Int64"})
 
 
+def test_the_budget_stands_below_when_the_run_is_known(ranks: pd.DataFrame, history: pd.DataFrame) -> None:
+    before = history.copy()
+    ax = plot_ranks(ranks, history=history)
+    below = next(other for other in ax.figure.axes if other.get_xlabel() == "step")
+    assert lines(below) == {
+        "kept": [(1, 12), (2, 12), (3, 8), (4, 8)],
+        "planned": [(1, 12), (2, 10), (3, 8), (4, 8)],
+    }
+    assert ax.get_ylabel() == "layer", "what comes back is the heatmap"
+    ax.figure.draw_without_rendering()
+    assert below.get_window_extent().y1 < ax.get_window_extent().y0
+    pd.testing.assert_frame_equal(history, before)
+
+
+def test_a_history_without_ranks_is_no_panel(ranks: pd.DataFrame, history: pd.DataFrame) -> None:
+    without = history.assign(total_rank=np.nan)
+    assert len(plot_ranks(ranks, history=without).figure.axes) == len(plot_ranks(ranks).figure.axes) == 2
+    ax = Figure().add_subplot()
+    plot_ranks(ranks, history=history, ax=ax)
+    assert len(ax.figure.axes) == 2, "heatmap and colour bar: who gives the axes gets the heatmap alone"
+    with pytest.raises(AdapterLabError, match=r"plot_ranks' history.*missing: 'step'"):
+        plot_ranks(ranks, history=history.drop(columns="step"))
+
+
+def test_a_note_is_written_above_and_broken_into_lines(ranks: pd.DataFrame) -> None:
+    note = "Allocation never ran: every rank is init_r = 4. " * 4
+    ax = plot_ranks(ranks, note=note)
+    assert ax.get_title(loc="left").split() == note.split()
+    ax.figure.draw_without_rendering()
+    [title] = [text for text in ax.findobj(Text) if text.get_text().startswith("Allocation")]
+    assert title.get_window_extent().x1 <= ax.figure.bbox.x1
+
+
 def texts(labels: list[object]) -> list[str]:
     return [label.get_text() for label in labels]  # type: ignore[attr-defined]
 
@@ -268,7 +368,7 @@ def test_all_alike_is_all_in_the_middle(ranks: pd.DataFrame, rank: int, middle: 
 def test_the_colours_grow_lighter_so_that_grey_prints_can_be_read() -> None:
     from matplotlib import colormaps
 
-    from adapterlab.plots import RANK_COLOURS
+    from adapterlab.plots.style import RANK_COLOURS
 
     colours = colormaps[RANK_COLOURS](np.linspace(0, 1, 64))[:, :3]
     assert (np.diff(colours @ [0.299, 0.587, 0.114]) > 0).all()

@@ -133,6 +133,24 @@ class TestForm:
         lab.delete_adapter("robot")
         assert form.adapter.value == ""
 
+    def test_one_that_can_t_be_trained_says_why(self, panel: Panel, lab: FakeLab) -> None:
+        form = panel.train.form
+        lab.obstacles["pirate"] = {"train": f"Its base is on disk {HOSTILE}"}
+        lab._emit("adapters")
+        assert not form.train.disabled, "a new one can"
+        form.adapter.value = "pirate"
+        assert form.train.disabled
+        tooltip = form.train.tooltip if form.train.has_trait("tooltip") else form.train.description_tooltip
+        assert tooltip == f"Its base is on disk {HOSTILE}"
+        assert "it can't be trained: Its base is on disk" in said(form.known)
+        assert HOSTILE not in form.known.value
+        panel.do.train(form.asked)  # as Enter would, which no button holds back
+        lab.wait()
+        assert "'pirate' can't be trained" in said(panel.notice.html)
+        assert not [call for call in lab.calls if call[0] == "train"]
+        form.adapter.value = ""
+        assert not form.train.disabled
+
     def test_what_is_missing_is_said_and_nothing_is_trained(self, panel: Panel, lab: FakeLab) -> None:
         form = panel.train.form
         for name, pasted, words in (

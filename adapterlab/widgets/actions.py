@@ -11,6 +11,7 @@ from adapterlab.methods import method_label
 from adapterlab.widgets.code import call_code, column_literal, compare_code
 from adapterlab.widgets.compat import needs_foreground
 from adapterlab.widgets.data_form import lesson_words
+from adapterlab.widgets.pictures import picture_code, picture_html
 from adapterlab.widgets.state import Notice
 from adapterlab.widgets.train_run import run_words
 from adapterlab.widgets.worker import Worker
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from adapterlab.watching import Progress
     from adapterlab.widgets.columns import ColumnsView
     from adapterlab.widgets.data_form import Examples
-    from adapterlab.widgets.state import PanelState, Shown
+    from adapterlab.widgets.state import PanelState, Shown, View
     from adapterlab.widgets.train_form import TrainingWish
     from adapterlab.widgets.train_run import RunView
 
@@ -46,6 +47,7 @@ class Actions:
     def __init__(self, lab: AdapterLab, state: PanelState, columns: ColumnsView, run: RunView) -> None:
         self._lab, self._state, self._columns, self._run = lab, state, columns, run
         self._stop = threading.Event()
+        self._looked: View | None = None  # what was drawn last
         self._thread: int | None = None  # in which this panel generates or trains now
         self.worker = Worker(state, lab.track, foreground=needs_foreground())
 
@@ -205,6 +207,18 @@ class Actions:
 
         self._start("Verifying…", job)
 
+    def look(self) -> None:
+        """Draw what the Inspect tab is to show, as it is now."""
+        state = self._state
+
+        def job() -> None:
+            view = state.view
+            if view != self._looked:  # the user's choice, and not the same picture drawn anew
+                self._looked, state.code = view, picture_code(view)
+            state.picture = picture_html(self._lab, view)
+
+        self.worker.start("Drawing…", job, quietly=True)
+
     def load(self, asked: Callable[[], tuple[str, str | None]]) -> None:
         """Load an adapter as one more row; what acts in `lab.model` stays as it was. asked: its source, and its name."""
         lab, state = self._lab, self._state
@@ -232,7 +246,8 @@ class Actions:
                 return
             self._state.code = call_code("lab.check_adapter", source)
             flight = self._lab.check_adapter(source)
-            self._state.notice = Notice("info" if flight.ok else "error", verdict(flight))
+            kind = "info" if flight.ok else "error"
+            self._state.notice = Notice(kind, verdict(flight), flight.details(), about="All that differs")
 
         self._start("Checking…", job)
 
@@ -329,6 +344,6 @@ class Actions:
 def verdict(flight: Preflight) -> str:
     """A preflight in words."""
     if not flight.ok:
-        return f"{flight.source} does not fit: {' Also, '.join(flight.problems)}"
+        return " ".join([f"{flight.source} does not fit: {' Also, '.join(flight.problems)}", *flight.notes])
     size = f"{people_count(flight.parameters)} parameters, {flight.tensors} of {flight.expected} tensors"
     return " ".join([f"{flight.source} fits: {method_label(flight.method)}, {size}.", *flight.notes])

@@ -11,7 +11,7 @@ import ipywidgets as w
 from adapterlab.widgets.compat import classes, close_all, label_text, on_enter, set_tooltip
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.new_adapter import NewAdapter, next_name
-from adapterlab.widgets.state import PanelState
+from adapterlab.widgets.state import PanelState, Row
 
 EXAMPLE_ID = "ybelkada/opt-350m-lora"
 
@@ -98,14 +98,13 @@ class AddForm:
 
 
 class BlendForm:
-    """Calls `on_blend(asked)`, which gives adapter → multiplier of those above 0. Offers the adapters that can blend."""
+    """Calls `on_blend(asked)`, which gives adapter → multiplier of those above 0. What can't blend says why."""
 
     def __init__(self, state: PanelState, on_blend: Callable[[Callable[[], dict[str, float]]], object]) -> None:
         self._state = state
         self.numbers: dict[str, w.BoundedFloatText] = {}
         self.grid = classes(w.HBox(), "alab-form")
         self.button = w.Button(description="Add blend")
-        set_tooltip(self.button, "A row and a column in which these adapters act together, each at its multiplier")
         self.fold = _form("Blend adapters", "a column in which several act at once", [self.button])
         heading, line = self.fold.body.children
         self.fold.body.children = (heading, self.grid, line)
@@ -115,30 +114,47 @@ class BlendForm:
         self._render()
 
     def asked(self) -> dict[str, float]:
-        return {name: number.value for name, number in self.numbers.items() if number.value}
+        with self._state.lock:
+            return {name: number.value for name, number in self.numbers.items() if number.value and not number.disabled}
 
     def _render(self) -> None:
         with self._state.lock:
             self._draw()
 
     def _draw(self) -> None:
-        names = [row.name for row in self._state.rows if row.is_adapter and not row.fixed]
+        rows = {row.name: row for row in self._state.rows if row.is_adapter}
+        names = list(rows)
         if names != list(self.numbers):
             old = self.numbers
             self.numbers = {name: old.get(name) or self._number(name) for name in names}
             self.grid.children = tuple(self.numbers.values())
             for name in old.keys() - self.numbers.keys():
                 close_all(old[name])
+        for name, row in rows.items():
+            self._draw_number(self.numbers[name], row)
         enough = len(names) > 1
         self.fold.button.layout.display = None if enough else "none"
         self.fold.body.layout.display = None if enough and self.fold.open else "none"
         _lock(self.button, self._state)
+        few = sum(not row.fixed for row in rows.values()) < 2
+        self.button.disabled = self.button.disabled or few
+        does = "A row and a column in which these adapters act together, each at its multiplier"
+        set_tooltip(self.button, "A blend takes two adapters that can be in one" if few else does)
+
+    def _draw_number(self, number: w.BoundedFloatText, row: Row) -> None:
+        was = number.disabled
+        number.disabled = bool(row.fixed) or self._state.closed
+        meaning = f"How strongly {row.name} acts in the blend; 0 leaves it out"
+        set_tooltip(number, f"{row.name} can't be in a blend: {row.fixed}" if row.fixed else meaning)
+        if row.fixed:
+            number.value = 0.0
+        elif was and not self._state.closed:  # another adapter has the name now
+            number.value = 0.5
 
     @staticmethod
     def _number(name: str) -> w.BoundedFloatText:
         number = w.BoundedFloatText(value=0.5, min=0.0, max=2.0, step=0.05)
         number.description = label_text(f"{name} ×")
-        set_tooltip(number, f"How strongly {name} acts in the blend; 0 leaves it out")
         return classes(number, "alab-part")
 
 
@@ -150,7 +166,6 @@ class SaveForm:
         self.heading = w.HTML()
         self.folder = classes(_text(description="Folder", placeholder="for example adapters/pirate"), "alab-wide")
         self.button = w.Button(description="Save")
-        set_tooltip(self.button, "lab.save_adapter: weights and config in PEFT's own format")
         self.cancel = classes(w.Button(description="Close"), "alab-quiet")
         set_tooltip(self.cancel, "Close this form")
         controls = classes(w.HBox([self.folder, self.button, self.cancel]), "alab-form")
@@ -178,6 +193,9 @@ class SaveForm:
             '<span class="alab-muted"> in PEFT\'s own format, weights and config</span></div>'
         )
         _lock(self.button, self._state)
+        why = next((row.obstacle("save") for row in self._state.rows if row.name == self.name), "")
+        self.button.disabled = self.button.disabled or bool(why)
+        set_tooltip(self.button, why or "lab.save_adapter: weights and config in PEFT's own format")
 
 
 def _form(title: str, hint: str, controls: list[Any]) -> Fold:

@@ -92,7 +92,7 @@ def notice_html(notice: Notice) -> str:
     role = "alert" if notice.kind == "error" else "status"
     detail = ""
     if notice.detail:
-        detail = f"<details><summary>Traceback</summary><pre>{escape(notice.detail)}</pre></details>"
+        detail = f"<details><summary>{escape(notice.about)}</summary><pre>{escape(notice.detail)}</pre></details>"
     return (
         f'<div class="alab-notice-box alab-{escape(notice.kind)}" role="{role}">'
         f"<b>{word}</b> <span>{escape(notice.text)}</span>{detail}</div>"

@@ -15,10 +15,10 @@ from adapterlab.widgets.compat import classes, close_all, on_enter
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.forms import AddForm, BlendForm, LoadForm, SaveForm
 from adapterlab.widgets.header import Header, NoticeBar
+from adapterlab.widgets.inspect import InspectView
 from adapterlab.widgets.prompt import PromptBox
 from adapterlab.widgets.results import ResultsBar
 from adapterlab.widgets.rows import AdapterRows
-from adapterlab.widgets.sizes import SizesView
 from adapterlab.widgets.state import Notice, PanelState
 from adapterlab.widgets.tabs import Tabs
 from adapterlab.widgets.train import TrainView
@@ -69,16 +69,17 @@ class Panel(w.VBox):
         on_enter(self.prompt.text, do.generate)
         self.results = ResultsBar(state, do.mark)
         self.train = TrainView(state, self.run, do.train, do.check_data, do.stop, do.set_trainable)
-        self.sizes = SizesView(state)
+        self.inspect = InspectView(state, do.look)
         self.trust = TrustView(state, do.verify)
         self.tabs = Tabs(
             {
                 "Compare": [self.prompt.box, self.results.box, self.columns.box],
                 "Train": [self.train.box],
-                "Inspect": [self.sizes.html, self.trust.box],
+                "Inspect": [self.inspect.box, self.trust.box],
             }
         )
         self.tabs.buttons.observe(lambda _: self.train.form.data.refresh(), "value")  # what the notebook has by now
+        self.tabs.buttons.observe(lambda _: self.inspect.show(self.tabs.open == "Inspect"), "value")
         return [self.header.box, self._adapters(), self.notice.box, self.tabs.box]
 
     def _open(self, tab: str) -> None:

@@ -30,14 +30,12 @@ class AdapterRow:
         self.row, self._state, self._on_delete = row, state, on_delete
         name = row.name
         self.compare = classes(w.Checkbox(indent=False, description=label_text(name)), "alab-compare")
-        set_tooltip(self.compare, f"Give {name} a column in the comparison")
         self.facts = classes(w.HTML(), "alab-row-facts")
         # A number and not a slider, whose handle has no name that a screen reader could say.
         self.multiplier = w.BoundedFloatText(min=0.0, max=2.0, step=0.05, description="multiplier")
         classes(self.multiplier, "alab-multiplier")
         self.use = classes(w.Button(), "alab-quiet")
         self.save = classes(w.Button(description="Save…"), "alab-quiet")
-        set_tooltip(self.save, f"lab.save_adapter: {name} into a folder, as plain PEFT reads it")
         self._forget = "Remove" if row.blend is not None else "Delete"
         self.delete = classes(w.Button(description=self._forget), "alab-quiet")
         set_tooltip(self.delete, f"Take {name} out of the {'list' if row.blend is not None else 'lab'}")
@@ -68,7 +66,12 @@ class AdapterRow:
         set_tooltip(self.use, f"lab.set_adapter: let {name} act in lab.model, at the multiplier of this row")
         locked = bool(state.busy) or state.closed
         self.use.disabled = locked or current
-        self.save.disabled = self.delete.disabled = locked
+        self.delete.disabled = locked
+        self.save.disabled = locked or bool(row.obstacle("save"))
+        saves = f"lab.save_adapter: {name} into a folder, as plain PEFT reads it"
+        set_tooltip(self.save, row.obstacle("save") or saves)
+        turn = f". It runs in turn: {row.obstacle('batch')}" if row.obstacle("batch") else ""
+        set_tooltip(self.compare, f"Give {name} a column in the comparison{turn}")
         self.compare.disabled = state.closed
         self.multiplier.disabled = state.closed or bool(row.fixed)
         meaning = f"How strongly {name} acts in its column: 0 is the base, 1 the adapter"
@@ -134,7 +137,8 @@ class AdapterRows:
 def facts_html(row: Row, current: bool) -> str:
     """Method, size and status of a row; how it acts in `lab.model` where the button can't say it."""
     badge = f'<span class="alab-badge">{escape(row.status)}</span>' if row.status else ""
-    fixed = f'<span class="alab-muted">multiplier always 1: {escape(row.fixed)}</span>' if row.fixed else ""
+    why = row.fixed.partition(". ")[0]  # the rest says what to do instead
+    fixed = f'<span class="alab-muted">multiplier always 1: {escape(why)}</span>' if why else ""
     acts = ""
     if row.in_model is not None and not current:
         acts = f'<span class="alab-badge alab-acts">in lab.model × {row.in_model:g}</span>'

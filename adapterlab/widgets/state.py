@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import traceback
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import traitlets as t
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Row:
     """A line of the adapter list: the base, an adapter, or a blend of them that was made in the panel.
 
-    `in_model`: its multiplier in the lab's selection. `fixed`: why its multiplier can't be moved, "" if it can.
-    `blend`: the column of a blend, None for the others. `method`: PEFT's type of an adapter, as in `LORA`.
+    `in_model`: its multiplier in the lab's selection. `blend`: the column of a blend, None for the others. `method`: PEFT's
+    type of an adapter, as in `LORA`. `obstacles`: what can't be done with it and why, of `lab.capabilities()`.
     """
 
     name: str
@@ -33,9 +34,18 @@ class Row:
     share: float
     status: str = ""
     in_model: float | None = None
-    fixed: str = ""
     blend: Column | None = None
     method: str = ""
+    obstacles: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def obstacle(self, capability: str) -> str:
+        """Why this can't be done with the adapter, "" if it can."""
+        return self.obstacles.get(capability, "")
+
+    @property
+    def fixed(self) -> str:
+        """Why its multiplier can't be moved and it can't be in a blend, "" if it can."""
+        return self.obstacle("blend")
 
     @property
     def is_base(self) -> bool:
@@ -52,13 +62,14 @@ class Incomplete(AdapterLabError):
 
 @dataclass(frozen=True)
 class Notice:
-    """One thing to tell the user. `kind` is "info" or "error"; `detail` is folded away under it. passing: true only
-    while something runs."""
+    """One thing to tell the user. `kind` is "info" or "error"; `detail` is folded away under it, and `about` says what it
+    is. passing: true only while something runs."""
 
     kind: str
     text: str
     detail: str = ""
     passing: bool = False
+    about: str = "Traceback"
 
     @classmethod
     def from_error(cls, error: BaseException, doing: str = "") -> Notice:
@@ -89,6 +100,15 @@ class Shown:
         return {g.column: g for g in self.comparison.generations if g.prompt_index == self.index}
 
 
+@dataclass(frozen=True)
+class View:
+    """What the Inspect tab shows: which picture, of which adapter ("" for none), held against which other one."""
+
+    what: str = "Sizes"
+    adapter: str = ""
+    other: str = ""
+
+
 class PanelState(t.HasTraits):
     """Everything on the screen but the generated text.
 
@@ -101,6 +121,7 @@ class PanelState(t.HasTraits):
     About the columns: `shown` (of the history, or None), `hidden` (their names are hidden now), `scored` (grows when base
     has read answers that are shown), `verdict` (the rows of `lab.verify` for what is shown), `code` (the Python of the
     last click). `found`: adapters on the Hub for this base, as (id, words).
+    Under Inspect: `view` (what to show), `picture` (what was drawn of it, as HTML).
     `lesson`: what was read to be trained on, in words; "" as long as nobody has looked.
     About the panel itself: `busy` (what runs now, in words; "" when idle), `stoppable`, `notice`, `closed`.
     """
@@ -133,6 +154,9 @@ class PanelState(t.HasTraits):
     hidden = t.Bool(False)
     code = t.Unicode()
     verdict = t.Tuple()
+
+    view = t.Instance(View, args=())
+    picture = t.Unicode()
 
     found = t.Tuple()
     lesson = t.Unicode()
@@ -269,15 +293,21 @@ class PanelState(t.HasTraits):
 
 
 def read_rows(lab: AdapterLab) -> list[Row]:
-    """The base and the adapters as the list shows them, selection left out; sizes come from `lab.parameters()`."""
-    sizes = {row["owner"]: row for row in lab.parameters().to_dict("records")}
-    base = Row(BASE, "base model", int(sizes[BASE]["parameters"]), int(sizes[BASE]["bytes"]), 1.0)
+    """The base and the adapters as the list shows them, selection left out; sizes come from `lab.parameters()`, and what
+    can't be done with them from `lab.capabilities()`."""
+    frame = lab.parameters()
+    parameters, size = frame.loc[frame["owner"] == BASE, ["parameters", "bytes"]].sum()
+    base = Row(BASE, "base model", int(parameters), int(size), 1.0)
+    obstacles: dict[str, dict[str, str]] = {}
+    for name, capability, possible, reason in lab.capabilities().itertuples(index=False):
+        if not possible:
+            obstacles.setdefault(name, {})[capability] = reason
     rows = [base]
     for name, info in lab.adapters.items():
         kind = method_label(info.method) + (f" · rank {info.r}" if info.r else "")
         share = info.parameters / max(base.parameters, 1)
-        fixed = info.multiplier_obstacle
-        rows.append(Row(name, kind, info.parameters, info.bytes, share, info.status, fixed=fixed, method=info.method))
+        sizes = (info.parameters, info.bytes, share)
+        rows.append(Row(name, kind, *sizes, info.status, method=info.method, obstacles=obstacles.get(name, {})))
     return rows
 
 

@@ -66,7 +66,6 @@ class TrainForm:
         )
         set_tooltip(self.share, "A share of the examples that is not learned but measured on; 0 is none")
         self.train = classes(w.Button(description="Start training", button_style="primary"), "alab-main")
-        set_tooltip(self.train, "lab.train: base and other adapters keep every bit")
         self.stop = classes(w.Button(description="Stop"), "alab-stop")
         set_tooltip(self.stop, "End the training after the step at work; what was learned stays")
         choices = classes(w.HBox([self.adapter, self.name, *self.new.controls]), "alab-form")
@@ -90,6 +89,9 @@ class TrainForm:
             keywords: dict[str, Any] = {} if chosen else {"method": method, **self.new.config()}
             if not name:
                 raise Incomplete("What is the adapter to be called? Give a name, such as mine.")
+            why = self._obstacle(chosen)
+            if why:
+                raise Incomplete(f"{name!r} can't be trained: {why}")
             if not chosen and name in self._state.adapter_names:
                 raise Incomplete(f"{name!r} is there already: choose it under Adapter to train it on, or another name.")
             method = self._method(chosen) if chosen else method.upper()
@@ -103,6 +105,9 @@ class TrainForm:
 
     def _method(self, name: str) -> str:
         return next((row.method for row in self._state.rows if row.name == name), "")
+
+    def _obstacle(self, name: str) -> str:
+        return next((row.obstacle("train") for row in self._state.rows if row.name == name and name), "")
 
     def _render(self) -> None:
         with self._state.lock:
@@ -122,13 +127,14 @@ class TrainForm:
         self.name.layout.display = "none" if chosen else None
         self.known.layout.display = None if chosen else "none"
         row = next((row for row in state.rows if row.name == chosen and chosen), None)
+        why = self._obstacle(chosen)
         if row is not None:
-            self.known.value = escape(
-                f"{row.kind}, {people_count(row.parameters)} parameters, {row.status}: it goes on from where it is."
-            )
+            goes = f"it can't be trained: {why}" if why else "it goes on from where it is."
+            self.known.value = escape(f"{row.kind}, {people_count(row.parameters)} parameters, {row.status}: {goes}")
         self._draw_rate(self._method(chosen) if chosen else self.new.method.value)
         running = bool(state.busy)
-        self.train.disabled = running or state.closed
+        self.train.disabled = running or state.closed or bool(why)
+        set_tooltip(self.train, why or "lab.train: base and other adapters keep every bit")
         self.train.description = "Training…" if state.busy.startswith("Training") else "Start training"
         self.stop.disabled = state.closed or not ((running and state.stoppable) or state.elsewhere)
 

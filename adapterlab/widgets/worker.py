@@ -38,10 +38,10 @@ class Worker:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapterlab-panel")
         self._closing = threading.Event()
 
-    def start(self, doing: str, job: Callable[[], object], *, stoppable: bool = False) -> bool:
+    def start(self, doing: str, job: Callable[[], object], *, stoppable: bool = False, quietly: bool = False) -> bool:
         """Start `job` and return True; while another runs, say so in the notice and return False.
 
-        `doing`: what it does, in words. `stoppable`: the Stop button can end it.
+        `doing`: what it does, in words. `stoppable`: the Stop button can end it. `quietly`: what was told last stays.
         """
         state = self._state
         with state.lock:  # the one lock there is: a second could be taken the other way round
@@ -57,7 +57,8 @@ class Worker:
                 state.busy = doing
                 state.stoppable = stoppable and not self.foreground
                 # In the foreground no click arrives before this one is dealt with.
-                state.notice = _HOW_TO_STOP if stoppable and self.foreground else None
+                if not quietly:
+                    state.notice = _HOW_TO_STOP if stoppable and self.foreground else None
                 if not self.foreground:
                     self._track(self._pool.submit(self._run, job))
                     return True

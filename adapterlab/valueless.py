@@ -1,0 +1,100 @@
+"""A model on tensors without values: torch's fake tensors, which have shapes, dtypes and lifetimes, and what makes
+transformers' models and bitsandbytes' layers run on them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from adapterlab.blueprint import bits_of
+from adapterlab.quiet import quiet
+
+_PATCHING = threading.RLock()
+
+
+def take_values_away(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Put fake tensors in the place of the model's, in place; bitsandbytes' layers get a forward that needs no values."""
+    made: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+            parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(plain, requires_grad=tensor.requires_grad) if parameter else plain
+        return made[id(tensor)]
+
+    with fake:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers, module.__dict__):
+                here: dict[str, Any] = {key: empty(value) for key, value in table.items() if isinstance(value, Tensor)}
+                table.update(here)
+            if bits_of(module):
+                module.forward = _Dequantising(module)
+
+
+class _Dequantising:
+    """The forward of a quantised layer, as far as memory goes."""
+
+    def __init__(self, layer: Any) -> None:
+        self.dtype = layer.compute_dtype if bits_of(layer) == 4 else None
+        self.keeps = bits_of(layer) == 8  # bitsandbytes' 8-bit backward has its input at hand, needed or not
+        self.shape, self.bias = (layer.out_features, layer.in_features), layer.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = x if self.dtype is None else x.to(self.dtype)
+        bias = None if self.bias is None else self.bias.to(inner.dtype)
+        y: Tensor = _Product.apply(inner, bias, self.shape, self.keeps)
+        return y.to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ with W made anew in the forward and in the backward, and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, shape: tuple[int, int], keeps: bool) -> Tensor:
+        ctx.shape, ctx.x = shape, x if keeps else None
+        return nn.functional.linear(x, x.new_empty(shape), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        return grad @ grad.new_empty(ctx.shape), None, None, None
+
+
+@contextlib.contextmanager
+def one_text_a_row() -> Iterator[None]:
+    """In the block, transformers takes rows without values for one text each, as it finds of real ones by looking. Unknown,
+    they would get a mask that tells texts packed into a row apart, and with it slower kernels. Real rows are looked at."""
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+
+    def unless_fake(position_ids: Tensor) -> Tensor | None:
+        return None if isinstance(position_ids, FakeTensor) else look(position_ids)
+
+    with _PATCHING:
+        masking_utils.find_packed_sequence_indices = unless_fake
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = look
+
+
+@contextlib.contextmanager
+def unnoticed() -> Iterator[None]:
+    """In the block torch does not print what fake tensors can't do: it is raised too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    try:
+        logger.disabled = True
+        with quiet():
+            yield
+    finally:
+        logger.disabled = before
