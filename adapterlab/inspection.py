@@ -44,7 +44,14 @@ def count_bytes(tensor: Any) -> int:
 def base_size(adapters: Adapters) -> tuple[int, int, str]:
     """(parameters, bytes, dtype of most of them) of the base."""
     parameters, size = (sum(map(count, adapters.base.values())) for count in (count_parameters, count_bytes))
-    return parameters, size, base_dtype(adapters)
+    return parameters, size + _moved_scales(adapters.model), base_dtype(adapters)
+
+
+def _moved_scales(model: Any) -> int:
+    """Bytes of the 8-bit scales that bitsandbytes has moved from the weights to their layers, as it does in a first forward."""
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    moved = [layer.state.SCB for layer in layers if layer.weight.SCB is None and layer.state.SCB is not None]
+    return sum(scales.numel() * scales.element_size() for scales in moved)
 
 
 def base_dtype(adapters: Adapters) -> str:
@@ -138,6 +145,8 @@ def parameters_frame(adapters: Adapters) -> pd.DataFrame:
 
     everything = base_size(adapters)[0]
     rows = _size_rows("base", [("weights", tensor, True) for tensor in adapters.base.values()], adapters.base_file)
+    for row in rows:
+        row["bytes"] += _moved_scales(adapters.model) if row["dtype"] == "int8" else 0
     for name, mounted in adapters.mounts.adapters.items():
         trained = {p.data_ptr() for p in mounted.trainable if p.numel()}
         tensors = [

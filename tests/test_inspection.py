@@ -125,7 +125,8 @@ def test_the_file_of_a_base_in_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_base_has_a_row_for_each_dtype(quantization: Any, tmp_path: Path) -> None:
     folder = standins.write_model(tmp_path / "base", standins.tiny_llama(), standins.tiny_tokenizer())
-    frame = AdapterLab(folder, quantization=quantization).parameters().set_index("dtype")
+    lab = AdapterLab(folder, quantization=quantization)
+    frame, status = lab.parameters().set_index("dtype"), lab.status()
     plain = standins.tiny_llama()
     inner = [m.weight for name, m in plain.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     count = sum(weight.numel() for weight in inner)
@@ -137,6 +138,9 @@ def test_a_quantised_base_has_a_row_for_each_dtype(quantization: Any, tmp_path: 
     assert frame.loc[small, "bytes"] == expected
     assert frame["parameters"].sum() == sum(p.numel() for p in plain.parameters())
     assert frame["bytes_on_disk"].sum() == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    lab.generate("Hi", max_new_tokens=1)
+    assert lab.parameters().set_index("dtype").equals(frame), "the first forward moves the 8-bit scales to the layers"
+    assert lab.status() == status
 
 
 def test_effective_leaves_out_what_adalora_pruned() -> None:

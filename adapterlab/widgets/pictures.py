@@ -71,7 +71,7 @@ def abilities_html(frame: pd.DataFrame) -> str:
     return f"<div class='alab-verdict'>{table}</div>{why}"
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[Any, Any]) -> str:
     if row["possible"]:
         return "<td>yes</td>"
     return f"<td class='alab-muted' title='{escape(row['reason'])}'>no</td>"
