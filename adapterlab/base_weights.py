@@ -32,7 +32,6 @@ def read_weight(module: Any) -> Tensor | None:
     None where it can't be read: offloaded by accelerate, or in a form that PEFT does not dequantise. `module` is left as it
     is.
     """
-    import torch
     from peft.utils.integrations import dequantize_module_weight
 
     if not can_be_read(module):
@@ -47,7 +46,15 @@ def read_weight(module: Any) -> Tensor | None:
             module._parameters["weight"] = own
         if state is not None and hasattr(state, "SCB"):
             state.SCB = scales
-    return weight if weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else None
+    return weight if is_number(weight) else None
+
+
+def is_number(weight: Tensor) -> bool:
+    """Whether the values are here and mean what they say: 8-bit floats and integers want scales that stand elsewhere."""
+    import torch
+
+    plain = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return weight.dtype in plain and not weight.is_meta
 
 
 def compute_norms(weight: Tensor, axis: int = 0) -> Tensor:

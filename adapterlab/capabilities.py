@@ -30,7 +30,7 @@ def capabilities_frame(adapters: Adapters) -> pd.DataFrame:
 
     everywhere = {
         "batch": model_obstacle(adapters.model, adapters.packed),
-        "merge": base_merge_obstacle(adapters),
+        **dict.fromkeys(("merge", "merge_to_disk"), base_merge_obstacle(adapters)),
         "train": base_train_obstacle(adapters),
     }
     rows: dict[str, list[Any]] = {"adapter": [], "capability": [], "possible": [], "reason": []}
@@ -101,6 +101,12 @@ def _merge(adapters: Adapters, name: str, layers: Mapping[str, Any]) -> str | No
     return adapter_merge_obstacle(adapters, name, layers)
 
 
+def _merge_to_disk(adapters: Adapters, name: str, layers: Mapping[str, Any]) -> str | None:
+    from adapterlab.merging import adapter_file_obstacle
+
+    return _merge(adapters, name, layers) or adapter_file_obstacle(adapters, name, layers)
+
+
 def _train(adapters: Adapters, name: str, layers: Mapping[str, Any]) -> str | None:
     from adapterlab.training import adapter_train_obstacle
 
@@ -146,6 +152,7 @@ CAPABILITIES: dict[str, Asked] = {
     "blend": _blend,
     "concatenate": _concatenate,
     "merge": _merge,
+    "merge_to_disk": _merge_to_disk,
     "train": _train,
     "save": _save,
     "ranks": _ranks,

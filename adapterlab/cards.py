@@ -166,12 +166,13 @@ def _size(adapters: Adapters, info: AdapterInfo) -> str:
     from adapterlab.inspection import base_size, parameters_frame
 
     base = base_size(adapters)[0]
-    row = parameters_frame(adapters).set_index("owner").loc[info.name]
-    effective = int(row["effective"])
+    frame = parameters_frame(adapters)
+    mine = frame[frame["owner"] == info.name]
+    effective, dtypes = int(mine["effective"].sum()), ", ".join(sorted(set(mine["dtype"])))
     act = f", of which {effective:,} act and the others are pruned" if effective != info.parameters else ""
     return (
         f"## Size\n\n{info.parameters:,} parameters{act}: {_percent(info.parameters / base)} of the base's {base:,}. "
-        f"{_megabytes(info.bytes)} (10⁶ bytes) in memory, {row['dtype']}."
+        f"{_megabytes(info.bytes)} (10⁶ bytes) in memory, {dtypes}."
     )
 
 

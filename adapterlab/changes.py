@@ -206,10 +206,11 @@ def _experts(layer: Any, name: str) -> Row:
     """LoRA on bare parameters (target_parameters), one matrix per expert; several parameters of a module together."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    from adapterlab.base_weights import compute_norms
+    from adapterlab.base_weights import compute_norms, is_number
     from adapterlab.factors import wide
 
-    norms, bases = [], []
+    norms: list[float] = []
+    bases: list[float] | None = []
     while isinstance(layer, ParamWrapper):
         if name in layer.lora_A:
             A, B = wide(layer.lora_A[name].weight), wide(layer.lora_B[name].weight)
@@ -217,9 +218,10 @@ def _experts(layer: Any, name: str) -> Row:
             B = B.reshape(len(B), -1, layer.num_experts).permute(2, 0, 1)  # (experts, out, r)
             square = ((A @ A.mT) * (B.mT @ B)).sum()
             norms.append(abs(layer.scaling[name]) * float(square.clamp_min(0).sqrt()))
-            bases.append(float(compute_norms(layer.get_param()).norm()))
+            W = layer.get_param()
+            bases = None if bases is None or not is_number(W) else [*bases, float(compute_norms(W).norm())]
         layer = layer.base_layer
-    return Row(math.hypot(*norms), note=EXPERTS_NOTE).against(math.hypot(*bases))
+    return Row(math.hypot(*norms), note=EXPERTS_NOTE).against(None if bases is None else math.hypot(*bases))
 
 
 def _formed(layer: Any, name: str, path: str) -> Row:

@@ -261,13 +261,13 @@ class AdapterLab(Looking):
         """A plain transformers model of its own, with the column merged into its weights; the lab is left as it is.
 
         Takes the memory of a second base. With `folder`, the model and the tokenizer are saved there too. Refused on
-        a quantised base, where rounding would change the outputs.
+        a quantised base, where rounding would change the outputs; `lab.capabilities()` tells beforehand.
         """
         from adapterlab import merging
         from adapterlab.storage import building, checked_folder
 
         target = None if folder is None else checked_folder(folder, set(), "a merged model")
-        plain = merging.merged_model(self._adapters, self._adapters.column(column))
+        plain = merging.merged_model(self._adapters, self._adapters.column(column), to_disk=target is not None)
         if target is not None:
             with building(target) as beside:
                 for part in (plain, self._tokenizer):

@@ -327,9 +327,9 @@ class Looking:
         possible, reason (why not, and what to do; "" where it is possible).
 
         Capabilities: batch (its column shares a batch with others; if not, it runs in turn, and says so), blend (blends,
-        and multipliers other than 0 and 1), concatenate (`add_weighted_adapter`), merge (`merge_and_unload`), train, save,
-        ranks, delta_norms, 8bit and 4bit (it works on this base opened so). The reason is what the call itself would say.
-        Reads no weights and waits for nobody.
+        and multipliers other than 0 and 1), concatenate (`add_weighted_adapter`), merge and merge_to_disk
+        (`merge_and_unload` without and with a folder), train, save, ranks, delta_norms, 8bit and 4bit (it works on this
+        base opened so). The reason is what the call itself would say. Reads no weights and waits for nobody.
         """
         from adapterlab.capabilities import capabilities_frame
 

@@ -140,11 +140,14 @@ def approximated(
 _SAVE_INSTEAD = "save the adapter instead, with lab.save_adapter."
 
 
-def merge_obstacle(adapters: Adapters, column: Column) -> str | None:
-    """Why `column` can't become weights of a plain model of its own, or None if it can. Reads no weights."""
+def merge_obstacle(adapters: Adapters, column: Column, *, to_disk: bool) -> str | None:
+    """Why `column` can't become weights of a plain model of its own, or None if it can. to_disk: the model is to be saved.
+    Reads no weights."""
     why = base_merge_obstacle(adapters)
     for name in column.names if why is None else ():
-        why = why or adapter_merge_obstacle(adapters, name, adapters.mounts.adapters[name].layers)
+        layers = adapters.mounts.adapters[name].layers
+        why = why or adapter_merge_obstacle(adapters, name, layers)
+        why = why or (adapter_file_obstacle(adapters, name, layers) if to_disk else None)
     return why
 
 
@@ -166,8 +169,8 @@ def base_merge_obstacle(adapters: Adapters) -> str | None:
 
 def adapter_merge_obstacle(adapters: Adapters, name: str, layers: Mapping[str, Any]) -> str | None:
     """Why these layers of an adapter can't become weights, or None if they can."""
-    model, config = adapters.model, adapters.mounts.adapters[name].config
-    tied = adapters.tied if model.config.is_encoder_decoder else {}
+    config = adapters.mounts.adapters[name].config
+    tied = adapters.tied if adapters.model.config.is_encoder_decoder else {}
     never = never_merged(str(getattr(config.peft_type, "value", config.peft_type)))
     if never is not None:
         return f"{never}. Plain PEFT runs it: {_SAVE_INSTEAD}"
@@ -183,12 +186,24 @@ def adapter_merge_obstacle(adapters: Adapters, name: str, layers: Mapping[str, A
                 f"{path} shares its weight with {', '.join(tied[path])}, and a saved encoder-decoder model ties them "
                 f"again: {_SAVE_INSTEAD}"
             )
-        if _adds_bias(layer, name) and getattr(adapters.mounts.sites[path].original, "bias", None) is None:
+        if hasattr(layer, "beft_bias") and _has_no_bias(adapters, path):
+            return f"PEFT can't merge BEFT into {path}, which has no bias: {_SAVE_INSTEAD}"
+    return None
+
+
+def adapter_file_obstacle(adapters: Adapters, name: str, layers: Mapping[str, Any]) -> str | None:
+    """Why a model with these layers merged into it would not be the same when it is loaded again, or None if it would."""
+    for path, layer in layers.items():
+        if _adds_bias(layer, name) and _has_no_bias(adapters, path):
             return (
-                f"{path} would get a bias, which {type(model).__name__} has not there, and from_pretrained leaves it "
-                f"out: {_SAVE_INSTEAD}"
+                f"{path} would get a bias, which {type(adapters.model).__name__} has not there, and from_pretrained "
+                f"leaves it out: keep the merged model in memory, or {_SAVE_INSTEAD}"
             )
     return None
+
+
+def _has_no_bias(adapters: Adapters, path: str) -> bool:
+    return getattr(adapters.mounts.sites[path].original, "bias", None) is None
 
 
 def _keeps_ties(layer: Any) -> bool:
@@ -199,12 +214,12 @@ def _keeps_ties(layer: Any) -> bool:
     return isinstance(layer, (TrainableTokensLayer, TrainableTokensWrapper))
 
 
-def merged_model(adapters: Adapters, column: Column) -> Any:
+def merged_model(adapters: Adapters, column: Column, *, to_disk: bool = False) -> Any:
     """A plain transformers model of its own with the column merged into its weights; the lab's model is left alone.
 
     Takes the memory of a second base. Raises `AdapterLabError` with what `merge_obstacle` says.
     """
-    why = merge_obstacle(adapters, column)
+    why = merge_obstacle(adapters, column, to_disk=to_disk)
     if why is not None:
         raise AdapterLabError(f"{column.label} can't be merged: {why}")
     with adapters.using(None) as bare:

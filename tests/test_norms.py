@@ -106,6 +106,7 @@ def test_every_number_is_that_of_the_explicit_delta(builder: str, tmp_path: Path
         assert list(frame.path) == list(lab._adapters.mounts.adapters[name].layers)
         assert set(frame.path) == set(deltas), name
         assert (frame.norm > 0.01).all(), "they do act"
+        assert frame.note.str.contains("formed").all() == (name == "loha-wide")
         for row in frame.itertuples():
             delta = deltas[row.path]
             close = CLOSE.get(name, 1e-11)
@@ -380,6 +381,12 @@ def dequantised(module: Any) -> torch.Tensor:
     return weight.data.double() * scales.double()[:, None] / 127
 
 
+def scales_of(lab: AdapterLab) -> list[Any]:
+    """Where bitsandbytes holds the row scales of each 8-bit layer: on the weight before its first forward, then beside."""
+    layers = [module for module in lab.model.modules() if type(module).__name__ == "Linear8bitLt"]
+    return [(id(layer.weight), id(layer.weight.SCB), id(layer.state.SCB)) for layer in layers]
+
+
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 @pytest.mark.parametrize("kind", ["8bit", "4bit", "4bit, double"])
 @pytest.mark.parametrize("run_before", [False, True])
@@ -392,7 +399,7 @@ def test_quantised_bases(kind: str, run_before: bool, tmp_path: Path) -> None:
         lab.load_adapter(tmp_path / name, name)
     if run_before:
         lab.compare("Hello", max_new_tokens=2)
-    before = anatomy(lab)
+    before, states = anatomy(lab), scales_of(lab)
     first = lab.compare("Hello", max_new_tokens=4) if run_before else None
     for name in ("lora", "ia3", "dora"):
         frame = lab.delta_norms(name)
@@ -411,6 +418,7 @@ def test_quantised_bases(kind: str, run_before: bool, tmp_path: Path) -> None:
             assert row.norm == pytest.approx(float(delta.norm()), rel=1e-5), name
             assert row.relative_norm == pytest.approx(float(delta.norm() / W.norm()), rel=1e-5), name
     assert anatomy(lab) == before
+    assert scales_of(lab) == states
     lab.clear_cache()
     again = lab.compare("Hello", max_new_tokens=4)
     if first is not None:
@@ -448,18 +456,19 @@ def test_norms_of_the_base_are_read_once_and_again_when_it_changes(monkeypatch: 
     assert len(read) == 2
     assert lab.delta_norms("x").equals(first)
     assert len(read) == 2
-    linear = lab._adapters.mounts.sites["model.layers.0.self_attn.q_proj"].original
+    weight = lab._adapters.mounts.sites["model.layers.0.self_attn.q_proj"].original.weight
     for number, change in enumerate(
         [
-            lambda: linear.weight.mul_(2),  # the version counter tells
-            lambda: linear.weight.data.mul_(2),  # values tell
-            lambda: setattr(linear.weight, "data", 2 * linear.weight.data),  # the place tells
+            lambda: weight[3, 5].fill_(50),  # the version counter tells: one value, which is not in the sample
+            lambda: weight.data.mul_(2),  # values tell
+            lambda: setattr(weight, "data", weight.data.clone().fill_(0.5)),  # the place tells
         ],
         start=1,
     ):
         with torch.no_grad():
             change()
-        assert lab.delta_norms("x").relative_norm[0] == pytest.approx(first.relative_norm[0] / 2**number, rel=1e-6)
+            expected = first["norm"][0] / float(weight.double().norm())
+        assert lab.delta_norms("x").relative_norm[0] == pytest.approx(expected, rel=1e-6)
         assert len(read) == 2 + number
 
 
