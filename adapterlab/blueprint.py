@@ -91,7 +91,7 @@ def parameter_sizes(model: nn.Module) -> dict[int, Size]:
     """id → size of every parameter of a model on the meta device, as it will be when it is loaded; a tied one once."""
     found: dict[int, Size] = {}
     for module in model.modules():
-        for key, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in found:
                 packed = bits_of(module) and type(parameter).__name__ in ("Params4bit", "Int8Params")
                 found[id(parameter)] = _quantised_size(module) if packed else plain_size(parameter)
