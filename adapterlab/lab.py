@@ -536,12 +536,7 @@ class AdapterLab(Looking):
             raise AdapterLabError(
                 f"{comparison!r} is no Comparison: give what lab.compare(…) gave, or nothing for the last."
             )
-        if comparison.model.get("labs"):
-            raise AdapterLabError("These are several labs side by side: verify each lab's own comparison, in that lab.")
-        if comparison.model.get("name") != self.name:
-            raise AdapterLabError(
-                f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}."
-            )
+        self._check_made_here(comparison)
         from adapterlab.inspection import base_dtype
 
         return verify_comparison(self._adapters, comparison, self._quantization or base_dtype(self._adapters))

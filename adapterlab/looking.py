@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapterlab.errors import AdapterLabError
 from adapterlab.guards import exclusive
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 class Looking:
     """What a lab shows of its model and its adapters. `AdapterLab` is the one class that is made of it."""
 
+    name: str
     _adapters: Adapters
     _tokenizer: PreTrainedTokenizerBase | None
     _finished: FinishedColumns
@@ -46,6 +48,14 @@ class Looking:
 
     def _note(self, operation: Operation) -> None:
         self._last_operation = operation
+
+    def _check_made_here(self, comparison: Comparison) -> None:
+        if comparison.model.get("labs"):
+            raise AdapterLabError("These are several labs side by side: give each lab its own comparison.")
+        if comparison.model.get("name") != self.name:
+            raise AdapterLabError(
+                f"This comparison was made on {comparison.model.get('name')!r}, this lab holds {self.name!r}."
+            )
 
     def summary(self) -> pd.DataFrame:
         """One row per adapter: adapter, method, r, parameters, megabytes (10⁶ bytes), share (of the base's
@@ -282,7 +292,11 @@ class Looking:
         the token, 1 for the most likely one). The first token of a text without anything before it has no row. Changes
         nothing; hooks and dropout as in `compare`.
         """
+        from adapterlab.comparison import Comparison
         from adapterlab.divergence import divergence_frame
+
+        if isinstance(text, Comparison):
+            self._check_made_here(text)
 
         with self._watch("divergence"):
             return divergence_frame(self._adapters, self._tokenizer, text, columns, prompt, chat)

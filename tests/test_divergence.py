@@ -15,7 +15,7 @@ import standins
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from adapterlab import AdapterLab, AdapterLabError, scoring
+from adapterlab import AdapterLab, AdapterLabError, Comparison, scoring
 
 TEXT = "What is the moon made of, and who says so? I do."
 TEXTS = ["The moon.", "A cup of tea, please.", "Who says so, and why should anybody believe it?", "I do."]
@@ -265,6 +265,16 @@ def test_the_order_and_the_company_of_texts_change_nothing(full_lab: AdapterLab)
     together = full_lab.evaluate(TEXTS, [None, "wide"])
     backwards = full_lab.evaluate(TEXTS[::-1], [None, "wide"])
     assert together["nll"].tolist() == pytest.approx(backwards["nll"].tolist(), abs=1e-5)
+
+
+def test_a_comparison_of_other_labs_is_refused(full_lab: AdapterLab) -> None:
+    comparison = full_lab.compare("Hi", max_new_tokens=2)
+    both = Comparison.concat([comparison, comparison], ["one", "two"])
+    with pytest.raises(AdapterLabError, match="several labs side by side"):
+        full_lab.divergence(both)
+    comparison.model["name"] = "another/model"
+    with pytest.raises(AdapterLabError, match="was made on 'another/model'"):
+        full_lab.divergence(comparison)
 
 
 Call = Callable[[AdapterLab], object]

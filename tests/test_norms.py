@@ -383,7 +383,8 @@ def dequantised(module: Any) -> torch.Tensor:
 
 def scales_of(lab: AdapterLab) -> list[Any]:
     """Where bitsandbytes holds the row scales of each 8-bit layer: on the weight before its first forward, then beside."""
-    layers = [module for module in lab.model.modules() if type(module).__name__ == "Linear8bitLt"]
+    originals = [site.original for site in lab._adapters.mounts.sites.values()]
+    layers: list[Any] = [module for module in originals if type(module).__name__ == "Linear8bitLt"]
     return [(id(layer.weight), id(layer.weight.SCB), id(layer.state.SCB)) for layer in layers]
 
 
