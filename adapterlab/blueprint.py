@@ -44,7 +44,7 @@ def build(
         model = auto_class.from_config(config, dtype=dtype, **options)
         if settings is not None:
             _quantise(model, dtype, settings, pre_quantized=stored is not None)
-            pass  # what is tied is not quantised after all
+            model.tie_weights()  # what is tied is not quantised after all
     _keep_in_float32(model, dtype)
     return model.eval()
 

@@ -21,11 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterlab.quiet import quiet
-from adapterlab.valueless import one_text_a_row, take_values_away, unnoticed
+from adapterlab.valueless import EveryLayer, one_text_a_row, take_values_away, unnoticed
 
-_FEW = (
-    3  # layers of a kind that learn: two at the ends, which have other neighbours, and one that stands for the others
-)
+# Layers of a kind that run in a training: two at the ends, which have other neighbours, and one that stands for the rest.
+_FEW = 3
 
 Bytes = Counter[str]  # by kind: activations, logits, gradients
 
@@ -51,9 +50,8 @@ def compute_peak(model: Any, what: Pass) -> Bytes:
     if what.training and what.checkpointing:
         with quiet():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    few = (
-        _FEW if what.training else 2
-    )  # nothing adds up where nothing is kept, but the second has the first one's input
+    # Elsewhere nothing adds up; but the second layer has the first one's input beside it.
+    few = _FEW if what.training else 2
     kinds = _kinds_of_layers(model)
     with _only(kinds, few):
         fake = FakeTensorMode()
@@ -191,7 +189,7 @@ def _run(model: Any, what: Pass, fake: FakeTensorMode) -> _Run:
     watch = _Watch(ledger)
     hooks = watch.over(model)
     try:
-        with fake, unnoticed(), one_text_a_row():
+        with fake, unnoticed(), one_text_a_row(), EveryLayer():
             inputs = _inputs(model, what)
             with ledger, torch.autocast("cpu", dtype=what.autocast, enabled=what.autocast is not None):
                 if not what.training:

@@ -265,6 +265,16 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert lab.delta_norms("i")["norm"][0] == pytest.approx(float((W * s - W).norm()), rel=1e-6)
 
 
+def test_a_fresh_dora_on_a_half_precision_base_shows_what_pefts_rounding_does() -> None:
+    lab = AdapterLab(maker("tiny_llama")().bfloat16(), tokenizer=standins.tiny_tokenizer())
+    lab.add_adapter("lora", "x", use_dora=True, target_modules=["q_proj"])
+    W = weights_of(maker("tiny_llama")().bfloat16())["model.layers.0.self_attn.q_proj.weight"]
+    rounding = W.norm(dim=1).bfloat16().double() - W.norm(dim=1)  # of each row's magnitude
+    row = lab.delta_norms("x").iloc[0]
+    assert row["norm"] == pytest.approx(float(rounding.norm()), rel=1e-4)
+    assert row.effective_rank == 0
+
+
 # ----- other ways to change a weight -----
 
 
