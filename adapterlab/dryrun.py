@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterlab.quiet import quiet
-from adapterlab.valueless import EveryLayer, one_text_a_row, take_values_away, unnoticed
+from adapterlab.valueless import EveryLayer, plain_rows, take_values_away, unnoticed
 
 # Layers of a kind that run in a training: two at the ends, which have other neighbours, and one that stands for the rest.
 _FEW = 3
@@ -189,7 +189,7 @@ def _run(model: Any, what: Pass, fake: FakeTensorMode) -> _Run:
     watch = _Watch(ledger)
     hooks = watch.over(model)
     try:
-        with fake, unnoticed(), one_text_a_row(), EveryLayer():
+        with fake, unnoticed(), plain_rows(), EveryLayer():
             inputs = _inputs(model, what)
             with ledger, torch.autocast("cpu", dtype=what.autocast, enabled=what.autocast is not None):
                 if not what.training:

@@ -4,9 +4,10 @@ transformers' models and bitsandbytes' layers run on them."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ from adapterlab.blueprint import bits_of
 from adapterlab.quiet import quiet
 
 _PATCHING = threading.RLock()
+# What looks for padding or for several texts in a row, by its first argument, and whether it decides on something else too.
+_LOOKS = {
+    "find_packed_sequence_indices": False,
+    "_ignore_causal_mask_sdpa": True,
+    "_ignore_bidirectional_mask_sdpa": True,
+}
 
 
 def take_values_away(model: nn.Module, fake: FakeTensorMode) -> None:
@@ -79,22 +86,26 @@ class EveryLayer(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def one_text_a_row() -> Iterator[None]:
-    """In the block, transformers takes rows without values for one text each, as it finds of real ones by looking. Unknown,
-    they would get a mask that tells texts packed into a row apart, and with it slower kernels. Real rows are looked at."""
+def plain_rows() -> Iterator[None]:
+    """In the block, transformers takes rows without values for one text each, without padding, as it finds of real ones by
+    looking. Unknown, they would get masks for both, and with them slower kernels. Real rows are looked at."""
     from transformers import masking_utils
 
-    look = masking_utils.find_packed_sequence_indices
-
-    def unless_fake(position_ids: Tensor) -> Tensor | None:
-        return None if isinstance(position_ids, FakeTensor) else look(position_ids)
-
+    looks = {name: getattr(masking_utils, name) for name in _LOOKS if hasattr(masking_utils, name)}
     with _PATCHING:
-        masking_utils.find_packed_sequence_indices = unless_fake
         try:
+            for name, look in looks.items():
+                setattr(masking_utils, name, functools.partial(_unless_fake, look, _LOOKS[name]))
             yield
         finally:
-            masking_utils.find_packed_sequence_indices = look
+            for name, look in looks.items():
+                setattr(masking_utils, name, look)
+
+
+def _unless_fake(look: Callable[..., Any], within: bool, tensor: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(tensor, FakeTensor):
+        return look(tensor, *args, **kwargs)
+    return look(None, *args, **kwargs) if within else None
 
 
 @contextlib.contextmanager
