@@ -49,9 +49,14 @@ def base_size(adapters: Adapters) -> tuple[int, int, str]:
 
 def _moved_scales(model: Any) -> int:
     """Bytes of the 8-bit scales that bitsandbytes has moved from the weights to their layers, as it does in a first forward."""
-    layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
-    moved = [layer.state.SCB for layer in layers if layer.weight.SCB is None and layer.state.SCB is not None]
-    return sum(scales.numel() * scales.element_size() for scales in moved)
+    moved = 0
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear8bitLt" and layer.weight.SCB is None:
+            scales = getattr(
+                getattr(layer, "state", None), "SCB", None
+            )  # PEFT's wrapper, of the same name, has no state
+            moved += 0 if scales is None else scales.numel() * scales.element_size()
+    return moved
 
 
 def base_dtype(adapters: Adapters) -> str:

@@ -93,7 +93,7 @@ def test_the_published_sizes(tmp_path: Path) -> None:
     assert frame.loc["lora", ["parameters", "bytes"]].tolist() == [1_572_864, 6_291_456]
     assert lab.status().startswith("opt-350m · 331 M · fp16 · 662 MB · cpu")
     folder = lab.save_adapter("lora", tmp_path / "lora")
-    files = [(folder / "adapter_model.safetensors").stat().st_size, (base / "model.safetensors").stat().st_size]
+    files = [(folder / "adapter_model.safetensors").stat().st_size, (base / "pytorch_model.bin").stat().st_size]
     assert frame.loc[["lora", "base"], "bytes_on_disk"].tolist() == files
     assert files == [pytest.approx(6_291_456, rel=0.01), pytest.approx(662_392_832, rel=0.001)]
 

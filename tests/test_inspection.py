@@ -141,6 +141,9 @@ def test_a_quantised_base_has_a_row_for_each_dtype(quantization: Any, tmp_path: 
     lab.generate("Hi", max_new_tokens=1)
     assert lab.parameters().set_index("dtype").equals(frame), "the first forward moves the 8-bit scales to the layers"
     assert lab.status() == status
+    lab.add_adapter("lora", "mine", target_modules=["q_proj"])  # PEFT's layers around them have the same names
+    again = lab.parameters()
+    assert again[again["owner"] == "base"].set_index("dtype").equals(frame)
 
 
 def test_effective_leaves_out_what_adalora_pruned() -> None:
