@@ -15,6 +15,17 @@ from adapterlab import AdapterLab
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long profiles: hours of random calls instead of minutes")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long profiles were asked for."""
+    return bool(request.config.getoption("--long"))
+
+
 SEEDS = {"pirate": 1, "poet": 2, "robot": 3, "wide": 4, "dora": 5, "ada": 6}
 
 
