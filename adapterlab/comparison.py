@@ -216,14 +216,14 @@ class Comparison:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write a page that stands alone, readable without a kernel. An existing file is replaced whole."""
+        from adapterlab.atomic import write_text
         from adapterlab.render import comparison_page
-        from adapterlab.storage import write_text
 
         return write_text(Path(path), comparison_page(self))
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write everything, base logprobs included while the lab is open. An existing file is replaced whole."""
-        from adapterlab.storage import write_text
+        from adapterlab.atomic import write_text
 
         self._fill_base_logprobs()
         return write_text(Path(path), self._json())

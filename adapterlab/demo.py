@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata, resources, util
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from adapterlab.atomic import replace_folder, scratch_beside
 from adapterlab.errors import AdapterLabError
 
 __all__ = [
@@ -65,11 +65,9 @@ def fetch_demo_model(cache_dir: str | os.PathLike[str] | None = None, *, progres
     if _is_finished(folder):
         return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Built beside its final place, so that the last step is a rename within one file system.
-        with TemporaryDirectory(dir=cache, prefix=".filling-", ignore_cleanup_errors=True) as scratch:
-            built = Path(scratch) / "model"
-            _build(built, Path(scratch), progress)
+        with scratch_beside(folder) as scratch:
+            built = scratch / "model"
+            _build(built, scratch, progress)
             _write_manifest(built)
             _install(built, folder)
     except OSError as error:
@@ -119,19 +117,10 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _install(built: Path, folder: Path) -> None:
-    """Gives `built` its final name, unless another process has meanwhile put a finished folder there."""
-    for attempt in range(3):
-        try:
-            os.replace(built, folder)
-            return
-        except OSError:
-            if _is_finished(folder):
-                return
-            if not folder.exists():
-                raise
-        # What lies there is damaged: out of the way with it, into the scratch folder that is about to go.
-        os.replace(folder, built.with_name(f"broken-{attempt}"))
-    raise AdapterLabError(f"{folder} is being written by another program: try again, or set ADAPTERLAB_CACHE.")
+    """Gives `built` its final name, unless another process has meanwhile put a finished folder there. A damaged one that lies
+    there goes into the scratch folder."""
+    if not _is_finished(folder):
+        replace_folder(built, folder)
 
 
 # Filling it

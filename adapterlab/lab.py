@@ -264,7 +264,8 @@ class AdapterLab(Looking):
         a quantised base, where rounding would change the outputs; `lab.capabilities()` tells beforehand.
         """
         from adapterlab import merging
-        from adapterlab.storage import building, checked_folder
+        from adapterlab.atomic import building
+        from adapterlab.storage import checked_folder
 
         target = None if folder is None else checked_folder(folder, set(), "a merged model")
         plain = merging.merged_model(self._adapters, self._adapters.column(column), to_disk=target is not None)

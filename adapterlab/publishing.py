@@ -67,9 +67,10 @@ def pack(adapters: Adapters, name: str, about: dict[str, Any], repo_id: str, scr
     """
     from matplotlib import style
 
+    from adapterlab.atomic import building
     from adapterlab.inspection import ranks_frame_of
     from adapterlab.plots import plot_ranks
-    from adapterlab.storage import building, with_all_triplets, write_files
+    from adapterlab.storage import with_all_triplets, write_files
 
     card = str(make_card(adapters, name, about, HERE))
     record = adapters.records[name]

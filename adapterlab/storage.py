@@ -1,16 +1,13 @@
-"""To disk: written beside and renamed, so that no half file is ever read. An adapter is a folder that plain PEFT loads."""
+"""An adapter to disk, as a folder that plain PEFT loads, and all or nothing (atomic.py)."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.atomic import building
 from adapterlab.errors import AdapterLabError
 from adapterlab.mounts import MAGNITUDE, prefixed
 from adapterlab.notices import say
@@ -110,25 +107,6 @@ def with_all_triplets(config: PeftConfig, state: dict[str, Any]) -> dict[str, An
     return whole
 
 
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, to be filled; at the end it takes `folder`'s place, or after an error it is gone."""
-    beside: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}.", suffix=".part"))
-        os.chmod(beside, 0o755)
-        yield beside
-        replace_folder(beside, folder)
-    except (OSError, ValueError) as error:
-        raise AdapterLabError(
-            f"{str(folder)!r} can't be written: {getattr(error, 'strerror', None) or error}."
-        ) from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
 def checked_folder(folder: Any, own: set[str], what: str) -> Path:
     """`folder` as a path, if it is new, empty, or holds nothing but `own`; `AdapterLabError` otherwise."""
     try:
@@ -143,43 +121,3 @@ def checked_folder(folder: Any, own: set[str], what: str) -> Path:
             f"{str(path)!r} holds other things ({', '.join(strange[:4])}): name an empty or a new folder."
         )
     return path
-
-
-def replace_folder(beside: Path, folder: Path) -> None:
-    """Put `beside` where `folder` is: a reader finds the old one or the new one, and for an instant none, never half."""
-    if not folder.exists():
-        os.rename(beside, folder)
-        return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
-    os.rename(folder, old / folder.name)
-    try:
-        os.rename(beside, folder)
-    except BaseException:
-        os.rename(old / folder.name, folder)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write beside and rename, so that a reader finds the old file or the new one. Gives back the path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, 0o666 & ~_umask())
-            os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
-    except OSError as error:
-        raise AdapterLabError(f"{str(path)!r} can't be written: {error.strerror or error}.") from error
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
