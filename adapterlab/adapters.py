@@ -4,12 +4,15 @@ ARCHITECTURE.md. PEFT mixes selection, enabling and training; here they are apar
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import BASE, Column, ColumnLike, check_name, make_safe_name
 from adapterlab.errors import AdapterLabError
+from adapterlab.guards import put_back
 from adapterlab.notices import say, warn
 from adapterlab.records import AdapterInfo, Record
 
@@ -18,16 +21,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adapterlab.hub import AdapterFiles
+    from adapterlab.labfiles import SavedAdapter
+    from adapterlab.mounts import Mounted, Site
     from adapterlab.preflight import Preflight
 
 
 ACTS_NOW: Any = object()  # the column "what acts now", where None already means base
 
 
+@dataclass(frozen=True)
+class State:
+    """The state at one moment: whoever does not hold the lock sees this one, and what fails goes back to it."""
+
+    selection: Column
+    enabled: bool
+    trainable: str | None
+    records: dict[str, Record]
+    mounted: dict[str, Mounted]
+    sites: dict[str, Site]
+
+
 class Adapters:
     """Adapters hung on one bare model, with `selection`, `enabled` and `trainable` held apart from PEFT's own state.
 
-    Not thread-safe: the lab holds the lock. The base is frozen as long as it is here.
+    Not thread-safe: the lab holds the lock; who does not reads `seen()`. The base is frozen as long as it is here.
     """
 
     def __init__(self, model: PreTrainedModel, base_path: str, base_file: int | None = None) -> None:
@@ -43,6 +60,8 @@ class Adapters:
         self.trainable: str | None = None
         self._imposed: str | None = None  # whose gradients were last switched on: what drift is measured against
         self._depth = 0  # of nested `using` blocks: inside one, what is mounted is not the selection
+        self._changing = False  # the state: what others see is still the old one
+        self._only_seen = False  # this is a view, which leaves the model alone
         self.records: dict[str, Record] = {}
         self.trainers: weakref.WeakSet[Any] = weakref.WeakSet()  # those alive: their optimizers take memory
         self.base_bytes: dict[str, int] = {}  # by device, once memory.py has counted
@@ -57,6 +76,7 @@ class Adapters:
         self.base_reference = base_digest(model)
         for name, (config, state) in brought.items():
             self._take(config, self._adopted_name(name), state, source="came with the model")
+        self._shown = self._state()
 
     # -- the state ---------------------------------------------------------------------------------------------
 
@@ -69,6 +89,7 @@ class Adapters:
 
     def column(self, value: ColumnLike) -> Column:
         """`value` as a column of adapters that exist and can be combined so; `AdapterLabError` otherwise."""
+        self.impose()  # what was deleted natively exists no more
         column = Column.of(value).check(self.records)
         if column.single is None and not column.is_base:
             self._check_blend(column)
@@ -76,8 +97,8 @@ class Adapters:
 
     def columns(self, values: Any) -> list[Column]:
         """The columns of a comparison, checked: by default base and every adapter; a column given twice is refused."""
+        self.impose()
         if values is ACTS_NOW:
-            self.impose()
             return [self.effective]
         if values is None:
             return [Column(), *(Column.of(name) for name in self.records)]
@@ -93,22 +114,71 @@ class Adapters:
             raise AdapterLabError(f"Nothing to compare so: {what} in columns={list(values)!r}.")
         return columns
 
+    def _state(self) -> State:
+        records, mounted, sites = dict(self.records), dict(self.mounts.adapters), dict(self.mounts.sites)
+        return State(self.selection, self.enabled, self.trainable, records, mounted, sites)
+
+    def seen(self) -> Adapters:
+        """The same as others see it: between two changes of the state, whatever is at work now. Only to be looked at."""
+        view = copy.copy(self)
+        view.mounts = copy.copy(view.mounts)
+        state = view._shown
+        view.selection, view.enabled, view.trainable = state.selection, state.enabled, state.trainable
+        view.records, view.mounts.adapters, view.mounts.sites = state.records, state.mounted, state.sites
+        view._depth, view._only_seen = 0, True
+        return view
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """What the block changes of the state is changed as a whole: after an exception the state is what it was, and
+        nobody else sees one between."""
+        if self._changing:
+            yield
+            return
+        with put_back(self._settle):
+            self._changing = True
+            yield
+            self._shown = self._state()  # the one step from the old state to the new one
+            self._changing = False
+
+    def _settle(self) -> None:
+        """Go back to the state that others see, if a change of it was cut short."""
+        if not self._changing:
+            return
+        state = self._shown
+        if self.mounts.drift():
+            self.mounts.repair(Column())
+        else:
+            self.mounts.mount(Column())
+        self.selection, self.enabled, self.trainable = state.selection, state.enabled, state.trainable
+        self.records, self.mounts.adapters, self.mounts.sites = (
+            dict(state.records), dict(state.mounted), dict(state.sites),
+        )  # fmt: skip
+        self.mounts.tidy()
+        self.mounts.mount(self.effective)
+        self._impose_gradients()
+        self._changing = False
+
     def select(self, value: ColumnLike) -> None:
         column = self.column(value)
-        self.selection = column
-        if not column.is_base:
-            self.enabled = True
-        self.impose()
+        with self.whole():
+            self.selection = column
+            if not column.is_base:
+                self.enabled = True
+            self.impose()
 
     def set_enabled(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.impose()
+        with self.whole():
+            self.enabled = enabled
+            self.impose()
 
     def set_trainable(self, name: str | None) -> None:
         if name == BASE:
             raise AdapterLabError("The base is frozen in a lab: make an adapter trainable, or None for nothing.")
-        self._make_trainable(None if name is None else self.known(name))
-        self.impose()
+        wanted = None if name is None else self.known(name)
+        with self.whole():
+            self._make_trainable(wanted)
+            self.impose()
 
     def _make_trainable(self, name: str | None) -> None:
         if self.trainable in self.records:
@@ -125,6 +195,7 @@ class Adapters:
             raise AdapterLabError(
                 "'base' is the model itself, no adapter: lab.merge_and_unload(None, folder) saves it."
             )
+        self.impose()  # what was deleted natively exists no more
         Column.of(name).check(self.records)
         return name
 
@@ -137,13 +208,14 @@ class Adapters:
 
     def impose(self) -> None:
         """Make the model be what the state says; undo, and tell, what somebody did to it behind the lab's back."""
-        if self._depth:
+        if self._depth or self._only_seen:
             return
         said = self.mounts.drift() + self._drifted_gradients()
         if said:
-            self._forget(self.mounts.lost())
-            self.mounts.repair()
-        if self.mounts.column != self.effective or said:
+            with self.whole():
+                self._forget(self.mounts.lost())
+                self.mounts.repair(self.effective)
+        if self.mounts.column != self.effective:
             self.mounts.mount(self.effective)
         self._impose_gradients()
         if said:
@@ -166,16 +238,19 @@ class Adapters:
         """The model with `value` acting, whatever the selection; the state found is restored, also after an exception."""
         column = self.column(value)
         self.impose()
-        before = self.mounts.column
-        self._depth += 1
-        try:
+        before, depth = self.mounts.column, self._depth
+
+        def undo() -> None:
+            self._depth = depth
+            if self.mounts.drift():
+                self.mounts.repair(before)
+            else:
+                self.mounts.mount(before)
+
+        with put_back(undo):
+            self._depth = depth + 1
             self.mounts.mount(column)
             yield self.model
-        finally:
-            self._depth -= 1
-            if self.mounts.drift():
-                self.mounts.repair()
-            self.mounts.mount(before)
 
     @contextlib.contextmanager
     def training(self, name: str) -> Iterator[Any]:
@@ -186,15 +261,18 @@ class Adapters:
         self.known(name)
         self.impose()
         before = self.trainable
-        self._make_trainable(name)
-        try:
+
+        def undo() -> None:
+            self._make_trainable(before)
+            self._impose_gradients()
+
+        with put_back(undo):
+            self._make_trainable(name)
             mounted = self.mounts.adapters[name]
             with self.using(name) as model, kept(model), float32(mounted.layers.values(), mounted.trainable):
                 self._impose_gradients()
                 yield model
-        finally:
-            self._make_trainable(before)
-            self.impose()
+        self.impose()
 
     def _impose_gradients(self) -> None:
         for name, mounted in self.mounts.adapters.items():
@@ -228,7 +306,7 @@ class Adapters:
 
     # -- coming and going --------------------------------------------------------------------------------------
 
-    def load(self, files: AdapterFiles, name: str | None, tokenizer: Any = None) -> str:
+    def load(self, files: AdapterFiles, name: str | None, tokenizer: Any = None, *, select: bool = True) -> str:
         """Load a resolved adapter, select it, and give its name; all or nothing. tokenizer: the lab's."""
         from adapterlab.preflight import read_weights
 
@@ -239,11 +317,29 @@ class Adapters:
         assert config is not None  # it has no problems
         for note in flight.notes:
             say(f"{chosen}: {note}")
-        self._take(config, chosen, read_weights(files.weights_file), files.source, files)
-        self.select(chosen)
+        weights = read_weights(files.weights_file)
+        with self.whole():
+            self._take(config, chosen, weights, files.source, files)
+            if select:
+                self.select(chosen)
         if name is None:
             say(f"Loaded {files.source!r} as {chosen!r}.")
         return chosen
+
+    def restore(self, files: AdapterFiles, saved: SavedAdapter, tokenizer: Any = None) -> None:
+        """Take in an adapter of a saved lab under its name, with what was known of it as long as its weights are the same."""
+        from adapterlab.preflight import read_weights
+
+        self.check_new_name(saved.name)
+        config, flight = self.preflight(files, tokenizer)
+        flight.raise_for_problems()
+        assert config is not None  # it has no problems
+        weights = read_weights(files.weights_file)
+        with self.whole():
+            self._take(config, saved.name, weights, saved.source, files)
+            record = self.records[saved.name]
+            if record.digest == saved.digest:
+                record.initial, record.loaded, record.saved = saved.initial, saved.loaded, saved.saved
 
     def preflight(self, files: AdapterFiles, tokenizer: Any = None) -> tuple[PeftConfig | None, Preflight]:
         """The adapter's config, if it can be used, and the verdict on it; nothing is changed."""
@@ -263,19 +359,20 @@ class Adapters:
         config.base_model_name_or_path = self.base_path
         size = self._check_size(config, name)
         self.impose()
-        try:
-            mounted = self.mounts.inject(config, name)
-        except AdapterLabError:
-            raise
-        except Exception as error:  # PEFT's own verdict on target_modules, layers or values, in its words
-            raise AdapterLabError(f"{name!r} can't be added: {self._pefts_words(error)}") from error
-        self.mounts.add(name, mounted)
-        digest = adapter_digest(mounted.layers, name)
-        self.records[name] = Record(
-            "added here", digest, is_noop(mounted, name), digest, initial=digest, file_bytes=size
-        )
-        self._make_trainable(name)
-        self.select(name)
+        with self.whole():
+            try:
+                mounted = self.mounts.inject(config, name)
+            except AdapterLabError:
+                raise
+            except Exception as error:  # PEFT's own verdict on target_modules, layers or values, in its words
+                raise AdapterLabError(f"{name!r} can't be added: {self._pefts_words(error)}") from error
+            self.mounts.add(name, mounted)
+            digest = adapter_digest(mounted.layers, name)
+            self.records[name] = Record(
+                "added here", digest, is_noop(mounted, name), digest, initial=digest, file_bytes=size
+            )
+            self._make_trainable(name)
+            self.select(name)
 
     def add_unselected(self, config_or_method: Any, name: str, seed: int, fields: dict[str, Any]) -> None:
         """Add a fresh adapter whose numbers are drawn from `seed`, and leave selection, enabled and trainable as they were."""
@@ -283,37 +380,41 @@ class Adapters:
 
         selection, enabled, trainable = self.selection, self.enabled, self.trainable
         set_seed(seed)
-        self.add(config_or_method, name, **fields)
-        self.selection, self.enabled = selection, enabled
-        self._make_trainable(trainable)
-        self.impose()
+        with self.whole():
+            self.add(config_or_method, name, **fields)
+            self.selection, self.enabled = selection, enabled
+            self._make_trainable(trainable)
+            self.impose()
 
     def delete(self, name: str) -> int:
         """Delete the adapter and give the bytes that its tensors held. If it was in the selection, base acts next."""
         self.known(name)
         self.impose()
-        held = self.info(name).bytes
-        if name in self.selection.names:
-            self.selection = Column()
+        held, selected = self.info(name).bytes, name in self.selection.names
+        with self.whole():
+            if selected:
+                self.selection = Column()
+            if self.trainable == name:
+                self.trainable = None
+            self.impose()
+            self.mounts.remove(name)
+            del self.records[name]
+        if selected:
             say(f"{name!r} was selected: base is selected now.")
-        if self.trainable == name:
-            self.trainable = None
-        self.impose()
-        self.mounts.remove(name)
-        del self.records[name]
         return held
 
     def take_made(self, config: PeftConfig, name: str, state: dict[str, Any], source: str) -> None:
         """Take in an adapter that the lab made of others, and select it; on no disk yet, so *unsaved*."""
-        self._take(config, name, state, source)
-        self.records[name].loaded = None
-        self.select(name)
+        with self.whole():
+            self._take(config, name, state, source)
+            self.records[name].loaded = None
+            self.select(name)
 
     def note_saved(self, name: str, size: int | None = None) -> None:
         """Remember that the weights as they are now are on disk, in a file of `size` bytes."""
         record, digest = self.records[name], self.refresh([name])[name]
-        record.saved = record.reference = digest
-        record.file_bytes = record.file_bytes if size is None else size
+        known = {"saved": digest, "reference": digest}
+        vars(record).update(known if size is None else {**known, "file_bytes": size})  # at once, for whoever looks
 
     def _take(
         self, config: PeftConfig, name: str, state: dict[str, Any], source: str, files: AdapterFiles | None = None
@@ -339,7 +440,7 @@ class Adapters:
         file = None if files is None else file_digest(files.weights_file)
         size = file_bytes(state) if files is None else files.weights_file.stat().st_size
         self.records[name] = Record(
-            source, digest, noop, digest, loaded=digest, files=files, file=file, file_bytes=size
+            source, digest, noop, digest, loaded=digest, files=files, file=file, filed=digest, file_bytes=size
         )
 
     def _check_size(self, config: PeftConfig, name: str) -> int:
@@ -437,7 +538,7 @@ class Adapters:
                 record.reader = AdapterReader(mounted.layers, name)
             digest = record.reader.digest()
             if digest != record.digest:
-                record.digest, record.noop = digest, is_noop(mounted, name, fresh=False)
+                vars(record).update(digest=digest, noop=is_noop(mounted, name, fresh=False))  # one is never seen alone
             if name == self.trainable:
                 record.reference = digest
             fresh[name] = digest
@@ -460,7 +561,7 @@ class Adapters:
 
         record = self.records[name]
         files = record.files
-        if files is not None and record.reference == record.loaded and file_digest(files.weights_file) == record.file:
+        if files is not None and record.reference == record.filed and file_digest(files.weights_file) == record.file:
             return read_config(files.config, files.source), read_weights(files.weights_file)
         return self.state(name)
 
@@ -469,11 +570,13 @@ class Adapters:
         afterwards: a view of the lab, or an error that somebody still has, would keep the model in memory."""
         from adapterlab.mounts import Mounts
 
-        self.mounts.leave()
-        _restore(self.model, self._given)
+        if self.model is not None:
+            self.mounts.leave()
+            _restore(self.model, self._given)
         nothing: Any = None
-        self.model, self.mounts = nothing, Mounts(nothing)
+        self.model, self.mounts = nothing, Mounts(nothing)  # the model first: `seen` looks for it
         self.base, self.records, self._given, self.packed = {}, {}, {}, []
+        self._shown = self._state()
 
 
 def _tied(model: Any) -> dict[str, list[str]]:

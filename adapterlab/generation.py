@@ -18,6 +18,7 @@ from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
 from adapterlab.fingerprints import adapter_digest, base_digest, column_digest, no_ones_digest
 from adapterlab.finished import FinishedColumns, keep, recall, replay
+from adapterlab.guards import put_back
 from adapterlab.linear import few_rows
 from adapterlab.methods import rank_of
 from adapterlab.notices import warn
@@ -394,20 +395,29 @@ def compute_logprobs(model: Any, prompt_ids: Sequence[int], token_ids: Sequence[
 
     if not token_ids:
         return ()
+    logprobs = torch.log_softmax(_next_logits(model, prompt_ids, token_ids[:-1]).float(), -1)
+    return tuple(logprobs[torch.arange(len(token_ids)), torch.tensor(token_ids)].tolist())
+
+
+def compute_last_logits(model: Any, prompt_ids: Sequence[int]) -> Tensor:
+    """The logits of what comes first after `prompt_ids`, in one forward of the model as it stands: (vocabulary,)."""
+    return _next_logits(model, prompt_ids, ())[0]
+
+
+def _next_logits(model: Any, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Tensor:
+    """Logits after the prompt and after each token that follows it: (1 + tokens, vocabulary)."""
+    import torch
+
     device = input_device(model)
     with torch.no_grad(), eval_mode(model):
         if model.config.is_encoder_decoder:
-            start = decoder_start(model)
             inputs = {
                 "input_ids": torch.tensor([list(prompt_ids)], device=device),
-                "decoder_input_ids": torch.tensor([[start, *token_ids[:-1]]], device=device),
+                "decoder_input_ids": torch.tensor([[decoder_start(model), *token_ids]], device=device),
             }
-            logits = model(**inputs).logits[0]
-        else:
-            ids = torch.tensor([[*prompt_ids, *token_ids[:-1]]], device=device)
-            logits = model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
-        logprobs = torch.log_softmax(logits.float(), -1)
-    return tuple(logprobs[torch.arange(len(token_ids)), torch.tensor(token_ids)].tolist())
+            return model(**inputs).logits[0]
+        ids = torch.tensor([[*prompt_ids, *token_ids]], device=device)
+        return model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
 
 
 def decoder_start(model: Any) -> int:
@@ -427,13 +437,15 @@ def decoder_start(model: Any) -> int:
 def eval_mode(model: Any) -> Iterator[None]:
     """Dropout off; every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
-    try:
+
+    def undo() -> None:
+        for module in training:
+            module.training = True
+
+    with put_back(undo):
         for module in training:
             module.training = False
         yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager
@@ -450,11 +462,9 @@ def neutral_generation_config(model: Any, tokenizer: Any) -> Iterator[None]:
         fallback = eos[0] if isinstance(eos, list) else eos
         tokens["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else fallback
     neutral = GenerationConfig(**{name: value for name, value in tokens.items() if value is not None})
-    try:
+    with put_back(lambda: setattr(model, "generation_config", given)):
         model.generation_config = neutral
         yield
-    finally:
-        model.generation_config = given
 
 
 def cache_bytes(model: Any, positions: int) -> int:

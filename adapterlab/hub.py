@@ -11,6 +11,7 @@ from typing import Any
 
 from adapterlab.columns import make_safe_name
 from adapterlab.errors import AdapterLabError
+from adapterlab.labfiles import MANIFEST
 from adapterlab.places import ADAPTER_CONFIG, MODEL_CONFIG, Place, locate
 
 # In order of preference: a .bin is a pickle.
@@ -89,6 +90,8 @@ def adapter_files(place: Place, *, without_weights: bool = False, config_only: b
                 f"{place.source} is a model, not an adapter ({MODEL_CONFIG}, but no {ADAPTER_CONFIG}): "
                 f"open it as AdapterLab({place.typed!r})."
             )
+        if MANIFEST in place.names:
+            raise AdapterLabError(f"{place.source} is a saved lab: open it as AdapterLab({place.typed!r}).")
         raise AdapterLabError(f"{place.source} holds no adapter (no {ADAPTER_CONFIG}). {place.holds()}")
     config_file = place.fetch(ADAPTER_CONFIG)
     config = _read_config(config_file, place.source)

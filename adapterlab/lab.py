@@ -7,8 +7,9 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from adapterlab.preflight import Preflight
     from adapterlab.prompts import PromptLike
     from adapterlab.records import AdapterInfo
+    from adapterlab.reopening import SavedFolder
     from adapterlab.runs import TrainingRun
     from adapterlab.trainer import AdapterTrainer, Session
 
@@ -41,8 +43,10 @@ class AdapterLab(Looking):
     """One base model with its tokenizer and any number of PEFT adapters of any method.
 
     model: a Hub id or folder of a model or of an adapter (then its base is loaded and the adapter selected), a
-        transformers model in hand, or a `PeftModel`. Objects in hand stay the caller's; the lab works on them in place.
+        transformers model in hand, a `PeftModel`, or the folder of a saved lab (see `save`). Objects in hand stay the
+        caller's; the lab works on them in place.
     tokenizer: only needed where none lies beside the model.
+    base_model: for a saved lab, what to load in place of the base that it names: an id, a folder or a model in hand.
     quantization: "8bit" or "4bit", shorthand for `quantization_config=BitsAndBytesConfig(…)`.
     dtype, device_map, revision, token, local_files_only and further names: as in `from_pretrained`.
 
@@ -56,6 +60,7 @@ class AdapterLab(Looking):
         model: str | os.PathLike[str] | PreTrainedModel | Any,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        base_model: str | os.PathLike[str] | PreTrainedModel | Any = None,
         quantization: Literal["8bit", "4bit"] | None = None,
         quantization_config: Any = None,
         dtype: Any = "auto",
@@ -69,6 +74,7 @@ class AdapterLab(Looking):
         from adapterlab.finished import FinishedColumns
         from adapterlab.loading import load_base
         from adapterlab.rebinding import held_by_target
+        from adapterlab.reopening import SavedFolder
 
         self._closed = True  # until everything below has worked
         self._lock = _Lock(self._tell_wait)
@@ -78,8 +84,21 @@ class AdapterLab(Looking):
         self._listeners: list[Listener] = []
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self.history: list[Comparison] = []
+        self._blends: tuple[Column, ...] = ()
+        self.restored: pd.DataFrame | None = None
         self._finished = FinishedColumns()
         self._last_operation = None
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "quantization": quantization,
+            "quantization_config": quantization_config,
+            "revision": revision,
+            **model_kwargs,
+        }
+        saved = SavedFolder.find(model, base_model)
+        if saved is not None:
+            options = saved.load_options(base_model, options)
+            model = options.pop("model")
         old = held_by_target(AdapterLab)
         if old is not None and getattr(model, "__dict__", {}).get(_MARK) is not None:
             old.close()  # the same objects again: they come back as they were, and go into the new lab
@@ -87,33 +106,33 @@ class AdapterLab(Looking):
         loaded = load_base(
             model,
             tokenizer=tokenizer,
-            quantization=quantization,
-            quantization_config=quantization_config,
-            dtype=dtype,
             device_map=device_map,
-            revision=revision,
             token=token,
             local_files_only=local_files_only,
             before_weights=old.close if old is not None else None,
-            **model_kwargs,
+            **options,
         )
         if old is not None:
             old.close()
         other = loaded.model.__dict__.get(_MARK)
         if other is not None and other() is not None and not other()._closed:
             raise AdapterLabError("This model is in another open lab: use that one, or close it first.")
-        self._owned, self._quantization = loaded.owned, loaded.quantization
+        self._origin, self._quantization = loaded.origin, loaded.quantization
         self.name: str = loaded.base_id
         self._tokenizer = loaded.tokenizer
-        self._adapters = Adapters(loaded.model, loaded.base_path, loaded.file_bytes)
+        if saved is not None and saved.saved.base.demo and base_model is None:
+            self._origin = replace(loaded.origin, path=saved.saved.base.path, demo=True)
+        self._adapters = Adapters(loaded.model, self._origin.path, loaded.file_bytes)
         loaded.model.__dict__[_MARK] = weakref.ref(self)
         self._closed = False
-        if loaded.adapter is not None:
-            try:
+        try:
+            if saved is not None:
+                self._restore(saved)
+            elif loaded.adapter is not None:
                 self._adapters.load(loaded.adapter, None, self._tokenizer)
-            except AdapterLabError:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def demo(cls, *, dtype: Any = "float32", **kwargs: Any) -> AdapterLab:
@@ -126,6 +145,7 @@ class AdapterLab(Looking):
         lab = cls(fetch_demo_model(), dtype=dtype, **kwargs)
         lab.name = DEMO_MODEL_ID
         lab._adapters.base_path = DEMO_MODEL_ID
+        lab._origin = replace(lab._origin, path=DEMO_MODEL_ID, demo=True)
         for name, folder in demo_adapters().items():
             lab.load_adapter(folder, name)
         lab.set_adapter(None)
@@ -209,6 +229,7 @@ class AdapterLab(Looking):
     def delete_adapter(self, adapter_name: str) -> int:
         """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said."""
         freed = self._adapters.delete(adapter_name)
+        self._blends = tuple(blend for blend in self._blends if adapter_name not in blend.names)
         self._tell("adapters")
         return freed
 
@@ -669,6 +690,7 @@ class AdapterLab(Looking):
                 "The base is frozen in a lab, and a quantised one can't be trained at all: train an adapter, as in "
                 "lab.train('mine', dataset, method='lora'), or a plain model of your own with transformers' Trainer."
             )
+        adapters.impose()  # what was deleted natively exists no more; and later its warning would be kept quiet
         new = name not in adapters.records
         if new and method is None:
             there = ", ".join(map(repr, adapters.records)) or "none yet"
@@ -776,6 +798,61 @@ class AdapterLab(Looking):
 
     # -- the whole lab -----------------------------------------------------------------------------------------
 
+    @exclusive
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Save everything that is the lab's own: the adapters, what was known of them, their trainings, selection, blends,
+        and the history of comparisons. `AdapterLab(folder)` opens it again.
+
+        Of the base only what it is and a checksum are saved, no weights. Beside them are logits of one text under base and
+        each column: opening compares them, says that it is the same lab or warns of what differs, and leaves the details in
+        `lab.restored`. The folder is written whole or not at all, and replaces a saved lab that is there; one that holds
+        other things is refused. In it each adapter is a folder that plain PEFT loads. See docs/saved-lab.md.
+
+        Afterwards the adapters count as saved; nothing else changes. Raises `AdapterLabError` if it can't be written.
+        """
+        from adapterlab import reopening
+
+        base = reopening.reference_to(self._adapters, self._origin, folder)
+        versions = self._about()["versions"]
+        written = reopening.write_lab(
+            folder, self._adapters, base, self.name, self._tokenizer, self.history, self._blends, versions
+        )
+        for name in self._adapters.records:
+            self._adapters.note_saved(name)
+        self._tell("adapters")
+        return written
+
+    def _restore(self, saved: SavedFolder) -> None:
+        from adapterlab import reopening
+        from adapterlab.quantization import computing_dtype
+        from adapterlab.ties import rounding
+
+        adapters, content = self._adapters, saved.saved
+        reopening.restore_adapters(adapters, content, saved.folder, self._tokenizer)
+        self.history[:] = reopening.read_history(content, saved.folder)
+        self._blends = tuple(Column(parts) for parts in content.blends)
+        here = reopening.reference_to(adapters, self._origin)
+        noise = rounding(self._quantization, computing_dtype(adapters.model))
+        versions = self._about()["versions"]
+        self.restored = reopening.differences(adapters, content, saved.folder, here, versions, noise)
+        if here.digest == content.base.digest or here.device != content.base.device:
+            self.name = content.name
+            for comparison in self.history:
+                comparison._score = _scorer(weakref.ref(self))
+        reopening.tell(self.restored, content)
+
+    @property
+    def blends(self) -> tuple[Column, ...]:
+        """Columns of several adapters that the panels offer beside the adapters, and that are saved with the lab. Set it to a
+        list of columns, such as `lab.blends = [{"pirate": 0.5, "robot": 0.5}]`."""
+        return self._blends
+
+    @blends.setter
+    def blends(self, columns: Iterable[ColumnLike]) -> None:
+        self._check_open()  # and no lock: a panel sets it while the lab is at work
+        self._blends = tuple(dict.fromkeys(self._adapters.column(column) for column in columns))
+        self._tell("blends")
+
     @property
     def model(self) -> PreTrainedModel:
         """The plain transformers model, with what acts now mounted in it. Parameters of other adapters are not in it."""
@@ -788,8 +865,8 @@ class AdapterLab(Looking):
         return self._tokenizer
 
     def on_change(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "history", "running"
-        (a comparison begins or has ended) or "closed". Gives back a function that unsubscribes."""
+        """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "blends", "history",
+        "running" (a comparison begins or has ended) or "closed". Gives back a function that unsubscribes."""
         self._listeners.append(listener)
 
         def unsubscribe() -> None:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adapterlab.guards import put_back
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -122,10 +124,12 @@ def few_rows(model: nn.Module) -> Iterator[None]:
         and module.weight.dtype == torch.float32
         and module.weight.numel() >= _LARGE
     ]
-    try:
+
+    def undo() -> None:
+        for module in chosen:
+            module.__dict__.pop("forward", None)
+
+    with put_back(undo):
         for module in chosen:
             module.forward = FewRows(module)  # type: ignore[method-assign, assignment]
         yield
-    finally:
-        for module in chosen:
-            module.__dict__.pop("forward", None)

@@ -37,6 +37,19 @@ SUPPORTED = "A lab takes causal language models (GPT, Llama, OPT, …) and seque
 _NO_ADAPTER = {"subfolder": ".no-adapter"}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a base came from. path: a Hub id or a folder, "" for a model that was never a file; revision (a commit, where it
+    is known) and subfolder are of the Hub. quantized_here: by a config that was given, not by the checkpoint's own. demo: the
+    demo model, which is fetched and not looked up."""
+
+    path: str
+    revision: str | None = None
+    subfolder: str | None = None
+    quantized_here: bool = False
+    demo: bool = False
+
+
 @dataclass
 class LoadedBase:
     """A base model, ready for a lab.
@@ -46,7 +59,7 @@ class LoadedBase:
     folder's name. base_path: what a saved adapter names as its base. adapter: an adapter to attach and
     select, when an adapter's id or folder was given. owned: False for objects in hand, which stay the
     caller's. quantization: None, "8bit", "4bit" or another quantizer's name. file_bytes: of the files that the weights
-    were read from, None where that is not known.
+    were read from, None where that is not known. origin: where to find it again.
     """
 
     model: PreTrainedModel = field(repr=False)
@@ -56,7 +69,8 @@ class LoadedBase:
     adapter: AdapterFiles | None
     owned: bool
     quantization: str | None
-    file_bytes: int | None = None
+    file_bytes: int | None
+    origin: Origin
 
 
 def load_base(
@@ -143,16 +157,26 @@ def _load(
     keep_4bit_unpacked(model)
     if tokenizer is None:
         say(f"{base.title} comes without a tokenizer: pass tokenizer=… to work with text.")
+    path = portable_name(base.target)
     return LoadedBase(
         model=model,
         tokenizer=tokenizer,
         base_id=base.title,
-        base_path=portable_name(base.target),
+        base_path=path,
         adapter=adapter,
         owned=True,
         quantization=quantization_of(model),
         file_bytes=None if from_gguf or options.get("variant") else base.weights_bytes(),
+        origin=Origin(
+            path, _commit(model) or base.revision, base.subfolder or None, quantized_here=quantization_config is not None
+        ),
     )
+
+
+def _commit(model: PreTrainedModel) -> str | None:
+    """The commit that the model's files are of; None for what did not come from the Hub."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return commit if isinstance(commit, str) else None
 
 
 def _read_config(place: Place, options: dict[str, Any]) -> PretrainedConfig:
@@ -255,6 +279,8 @@ def _take(model: Any, tokenizer: Any, given: dict[str, Any], source: dict[str, A
         adapter=None,
         owned=False,
         quantization=quantization_of(base),
+        file_bytes=None,
+        origin=Origin(path, _commit(base), quantized_here=quantization_of(base) is not None),
     )
 
 

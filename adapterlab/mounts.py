@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
 from adapterlab.errors import AdapterLabError
+from adapterlab.guards import put_back
 from adapterlab.quantization import keep_8bit_scales, keep_quantized_dtype
 
 if TYPE_CHECKING:
@@ -115,8 +116,12 @@ class Mounts:
         for path in gone.layers:
             if path not in used:
                 self.sites.pop(path, None)
-                if path in self._hooks:
-                    self._hooks.pop(path).remove()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Take off the hooks of layers where no adapter hangs any more."""
+        for path in [path for path in self._hooks if path not in self.sites]:
+            self._hooks.pop(path).remove()
 
     def leave(self) -> None:
         """Take everything out of the model: the adapters' layers, and what hangs on the base's own."""
@@ -227,8 +232,8 @@ class Mounts:
             if any(name not in layer._get_available_adapters() for layer in mounted.layers.values())  # type: ignore[operator]
         ]
 
-    def repair(self) -> None:
-        """Take out everything foreign, undo disabling and merging, and mount the lab's column again.
+    def repair(self, column: Column) -> None:
+        """Take out everything foreign, undo disabling and merging, and mount `column`.
 
         A merge is divided or subtracted back, which can leave rounding in the base: its digest tells.
         """
@@ -238,33 +243,34 @@ class Mounts:
         for site in self.sites.values():
             site.parent._modules[site.child] = site.original
         unwrap(self.model)
-        column, self._placed = self.column, {}
+        self.column, self._placed = Column(), {}
         self.mount(column)
 
     @contextlib.contextmanager
     def _bare(self) -> Iterator[dict[nn.Module, dict[str, Any]]]:
         """The bare base, and its children by module; afterwards the base as it was and the old column mounted."""
-        column = self.column
-        self.mount(Column())
-        model = self.model
-        children = {module: dict(module._modules) for module in model.modules()}
-        parameters = [(module, dict(module._parameters)) for module in children]  # PEFT exchanges 8-bit ones for DoRA
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        modes = [(module, module.training) for module in children]
-        try:
-            yield children
-        finally:
-            for module, before in children.items():
-                module._modules.clear()
-                module._modules.update(before)
-            for module, own in parameters:
-                module._parameters.update(own)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for module, mode in modes:
-                module.training = mode
-            self._announce(None)
-            self.mount(column)
+        column, model = self.column, self.model
+        with put_back(lambda: self.mount(column)):
+            self.mount(Column())
+            children = {module: dict(module._modules) for module in model.modules()}
+            parameters = [(module, dict(module._parameters)) for module in children]  # PEFT exchanges 8-bit ones for DoRA
+            flags = [(p, p.requires_grad) for p in model.parameters()]
+            modes = [(module, module.training) for module in children]
+
+            def undo() -> None:
+                for module, before in children.items():
+                    module._modules.clear()
+                    module._modules.update(before)
+                for module, own in parameters:
+                    module._parameters.update(own)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                for module, mode in modes:
+                    module.training = mode
+                self._announce(None)
+
+            with put_back(undo):
+                yield children
 
     def _harvest(self, children: dict[nn.Module, dict[str, Any]], name: str) -> Mounted:
         model, layers = self.model, {}
@@ -338,19 +344,21 @@ def _stand_ins(model: Any) -> Iterator[None]:
     device: PEFT puts an adapter where its layer's weight lies, and there it would have no values (issue 3)."""
     import torch
 
-    held = []
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                held.append((module, key, parameter))
-                one = torch.zeros((), dtype=parameter.dtype, device="cpu" if device is None else device)
-                module._parameters[key] = torch.nn.Parameter(one.expand(parameter.shape), requires_grad=False)
-    try:
-        yield
-    finally:
+    held: list[tuple[Any, str, Any]] = []
+
+    def undo() -> None:
         for module, key, parameter in held:
             module._parameters[key] = parameter
+
+    with put_back(undo):
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    held.append((module, key, parameter))
+                    one = torch.zeros((), dtype=parameter.dtype, device="cpu" if device is None else device)
+                    module._parameters[key] = torch.nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+        yield
 
 
 def adapter_state(model: Any, name: str) -> dict[str, Any]:
@@ -407,11 +415,9 @@ def _full_rank_pattern(config: Any) -> Iterator[None]:
     if pattern is None or getattr(config, "init_r", None) is None:
         yield
         return
-    config.rank_pattern = None
-    try:
+    with put_back(lambda: setattr(config, "rank_pattern", pattern)):
+        config.rank_pattern = None
         yield
-    finally:
-        config.rank_pattern = pattern
 
 
 @contextlib.contextmanager
@@ -436,11 +442,13 @@ def skeleton(model: Any) -> Iterator[Any]:
     twin = copy.deepcopy(model, shared)
     twin.__dict__.pop("peft_config", None)
     twin._hf_peft_config_loaded = False
-    try:
-        yield twin
-    finally:
+
+    def undo() -> None:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+    with put_back(undo):
+        yield twin
 
 
 def unwrap(model: Any) -> None:

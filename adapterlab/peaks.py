@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.guards import put_back
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -78,20 +80,23 @@ class Watch:
                 give_back()
                 self.resident = {d: size for d in self.devices if (size := _start_anew(d)) is not None}
 
-    def end(self) -> dict[str, int]:
-        """Stop watching; gives the peak by device."""
-        with _lock:
-            _running.discard(self)
-            peaks = {d: peak - size for d, size in self.resident.items() if (peak := _highest(d)) is not None}
-            if not _running:
-                give_back()
+    def peaks(self) -> dict[str, int]:
+        """The peak until now, by device."""
+        peaks = {d: peak - size for d, size in self.resident.items() if (peak := _highest(d)) is not None}
         for device in peaks:
             known = sum(sizes.get(device, 0) for sizes in self.parts.values())
             peaks[device] = max(peaks[device], known, 0)
         return peaks
 
+    def end(self) -> None:
+        """Stop watching; twice is once."""
+        with _lock:
+            _running.discard(self)
+            if not _running:
+                give_back()
 
-_lock = threading.Lock()
+
+_lock = threading.RLock()
 _running: weakref.WeakSet[Watch] = weakref.WeakSet()  # of all labs and threads; an interrupted one goes by itself
 
 
@@ -104,12 +109,10 @@ def watch(name: str, devices: Iterable[str], done: Callable[[Operation], None]) 
     `torch.cuda.max_memory_allocated` of `devices`.
     """
     watched = Watch(name, devices)
-    peaks: dict[str, int] = {}
-    try:
+    with put_back(watched.end):
         watched.begin()
         yield watched
-    finally:
-        peaks = watched.end()
+        peaks = watched.peaks()
     seconds = time.perf_counter() - watched.started
     watched.operation = Operation(name, seconds, peaks, watched.parts)
     done(watched.operation)
@@ -120,7 +123,8 @@ def note(kind: str, tensors: Callable[[], Iterable[Tensor]]) -> None:
     from adapterlab.memory import Storages
 
     here = threading.get_ident()
-    mine = [watched for watched in list(_running) if watched.thread == here]
+    with _lock:  # another thread's may begin just now
+        mine = [watched for watched in _running if watched.thread == here]
     if mine:
         innermost = max(mine, key=lambda watched: watched.started)
         for device, size in Storages().take(tensors()).items():

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adapterlab.guards import put_back
+
 # What each logger says again and again, though there is nothing that the reader could do about it.
 KNOWN_NOISE = {
     # once, when bitsandbytes is imported on a CPU with AVX512: it has a slower kernel of its own
@@ -62,15 +64,17 @@ def quiet() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in _LOUD_LOGGERS]
     levels = [logger.level for logger in loggers]
-    try:
+
+    def undo() -> None:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+    with put_back(undo):
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Record:
     saved: str | None = None
     files: AdapterFiles | None = None
     file: str | None = None  # digest of the file it was loaded from
+    filed: str | None = None  # digest of the weights in that file
     file_bytes: int | None = None  # of the file on disk, or of the one that saving would write
     runs: list[TrainingRun] = field(default_factory=list, repr=False)
     reader: AdapterReader | None = field(default=None, repr=False, compare=False)  # made at the first refresh

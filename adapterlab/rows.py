@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapterlab.equation import Term, blend_obstacle, compute_dora, compute_term, is_dora
 from adapterlab.fingerprints import column_digest, tensors_digest
+from adapterlab.guards import put_back
 from adapterlab.spans import Part, Span, find_place, is_term, make_spans
 
 if TYPE_CHECKING:
@@ -144,15 +145,16 @@ class Rows:
     @contextlib.contextmanager
     def mounted(self, mounts: Mounts) -> Iterator[Rows]:
         """These layers in the bare base; afterwards the bare base again."""
-        try:
-            for path, layer in self.layers.items():
-                site = mounts.sites[path]
-                site.parent._modules[site.child] = layer
-            yield self
-        finally:
-            for path in self.layers:
-                site = mounts.sites[path]
+        sites = {path: mounts.sites[path] for path in self.layers}
+
+        def undo() -> None:
+            for site in sites.values():
                 site.parent._modules[site.child] = site.original
+
+        with put_back(undo):
+            for path, layer in self.layers.items():
+                sites[path].parent._modules[sites[path].child] = layer
+            yield self
 
 
 class RowLayer(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.columns import is_finite
 from adapterlab.layers import layer_and_module
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("step", "loss", "eval_loss", "learning_rate", "seconds")
 _OF_ADALORA = ("orthogonality", "budget", "total_rank")
+_OF_RANKS = ("step", "layer", "module", "rank", "score")
+_FRAMES = ("history", "ranks")
 
 
 @dataclass(eq=False, repr=False)
@@ -57,6 +61,24 @@ class TrainingRun:
         from adapterlab.plots import plot_training
 
         return plot_training(self.history, title=self.adapter_name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain values that JSON has: frames as lists of rows, missing numbers as None."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**plain, **{name: _rows(plain[name]) for name in _FRAMES}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingRun:
+        """What `to_dict` gave. Raises TypeError, ValueError or KeyError for anything else."""
+        frames = {name: _frame(values[name], name) for name in _FRAMES}
+        run = cls(**{**values, **frames})
+        texts = (run.adapter_name, run.method, run.error, run.data, run.eval_data)
+        numbers = (run.steps, run.total_steps, run.seconds, run.padding)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(run.settings, dict):
+            raise TypeError("a text or the settings of a run are of another type")
+        if not all(is_finite(number) for number in numbers) or not isinstance(run.stopped_early, bool):
+            raise TypeError("a number of a run is none")
+        return run
 
     def __repr__(self) -> str:
         return f"TrainingRun({self.describe()})"
@@ -110,7 +132,28 @@ def ranks_frame(paths: list[str], pruned: list[dict[str, Any]]) -> pd.DataFrame:
         for one in pruned
         for (layer, module), rank, score in zip(where, one["ranks"], one["scores"])
     ]
-    return pd.DataFrame(rows, columns=["step", "layer", "module", "rank", "score"])
+    return pd.DataFrame(rows, columns=list(_OF_RANKS))
+
+
+def _rows(frame: pd.DataFrame) -> dict[str, Any]:
+    rows = [[None if value != value else value for value in row] for row in frame.astype(object).to_numpy().tolist()]
+    return {"columns": list(frame.columns), "rows": rows}
+
+
+def _frame(table: Any, name: str) -> pd.DataFrame:
+    import pandas as pd
+
+    columns, rows = table["columns"], table["rows"]
+    known = [*_COLUMNS, *_OF_ADALORA] if name == "history" else list(_OF_RANKS)
+    if not isinstance(columns, list) or [one for one in known if one in columns] != columns or known[0] not in columns:
+        raise ValueError(f"the columns of {name} are {repr(columns)[:80]}")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+        raise TypeError(f"the rows of {name} are no table of {len(columns)} columns")
+    frame = pd.DataFrame(rows, columns=columns)
+    if name == "ranks" and not rows:  # as `ranks_frame` leaves it
+        return frame
+    whole = {"step": "int64", "rank": "int64"}
+    return frame.astype({key: whole.get(key, "float64") for key in columns if key not in ("layer", "module")})
 
 
 def _last(frame: pd.DataFrame, column: str) -> float | None:

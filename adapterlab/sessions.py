@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.guards import put_back
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -22,9 +24,8 @@ def kept(model: Any) -> Iterator[None]:
     """
     modules = [(module, dict(module.__dict__), _hooks(module)) for module in model.modules()]
     configs = [(config, dict(config.__dict__)) for config in _configs(model)]
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for module, own, hooks in modules:
             _put_back(module.__dict__, own)
             for key, before in hooks.items():
@@ -33,6 +34,9 @@ def kept(model: Any) -> Iterator[None]:
                 table.update(before)
         for config, own in configs:
             _put_back(config.__dict__, own)
+
+    with put_back(undo):
+        yield
 
 
 def _hooks(module: nn.Module) -> dict[str, OrderedDict[Any, Any]]:
@@ -68,24 +72,28 @@ def float32(layers: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> 
     import torch
 
     half = {id(p): p.dtype for p in parameters if p.dtype in (torch.float16, torch.bfloat16)}
-    handles, changed = [], []
-    for layer in layers if half else ():
-        for owner in layer.modules():
-            own = [p for p in owner._parameters.values() if p is not None and id(p) in half]
-            if not own or isinstance(owner, (torch.nn.ParameterDict, torch.nn.ParameterList)):
-                continue  # dicts of bare tensors have no forward to widen
-            changed += [(parameter, parameter.dtype) for parameter in own]
-            handles += [owner.register_forward_pre_hook(_widen), owner.register_forward_hook(_narrow(own[0].dtype))]
-            for parameter in own:
-                parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
+    handles: list[Any] = []
+    changed: list[tuple[nn.Parameter, Any]] = []
+
+    def undo() -> None:
         for handle in handles:
             handle.remove()
         for parameter, dtype in changed:
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
+
+    with put_back(undo):
+        for layer in layers if half else ():
+            for owner in layer.modules():
+                own = [p for p in owner._parameters.values() if p is not None and id(p) in half]
+                if not own or isinstance(owner, (torch.nn.ParameterDict, torch.nn.ParameterList)):
+                    continue  # dicts of bare tensors have no forward to widen
+                changed += [(parameter, parameter.dtype) for parameter in own]
+                handles.append(owner.register_forward_pre_hook(_widen))
+                handles.append(owner.register_forward_hook(_narrow(own[0].dtype)))
+                for parameter in own:
+                    parameter.data = parameter.data.float()
+        yield
 
 
 def _widen(owner: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -112,8 +120,6 @@ def interrupt_stops(stop: threading.Event) -> Iterator[None]:
     if not callable(before):  # ignored, or not Python's: it is somebody's wish
         yield
         return
-    signal.signal(signal.SIGINT, first)
-    try:
+    with put_back(lambda: signal.signal(signal.SIGINT, before)):
+        signal.signal(signal.SIGINT, first)
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

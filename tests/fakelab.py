@@ -40,6 +40,7 @@ class FakeLab:
         self.trainable: str | None = None
         self.running, self.free = False, True
         self.history: list[Comparison] = []
+        self._blends: tuple[Column, ...] = ()
         self.answers: dict[str, str] = {}
         self.calls: list[tuple[str, Any]] = []
         self.gate: threading.Semaphore | None = None
@@ -131,6 +132,15 @@ class FakeLab:
         self._attach(adapter_name, method.upper(), config.get("r"), 1000, "untrained")
         self.selection = Column.of(adapter_name)
         self._emit("adapters")
+
+    @property
+    def blends(self) -> tuple[Column, ...]:
+        return tuple(blend for blend in self._blends if all(name in self.adapters for name in blend.names))
+
+    @blends.setter
+    def blends(self, columns: list[Column]) -> None:
+        self._blends = tuple(columns)
+        self._emit("blends")
 
     def delete_adapter(self, name: str) -> None:
         self._called("delete_adapter", name)

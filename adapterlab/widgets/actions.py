@@ -171,8 +171,7 @@ class Actions:
         """Take a row out: a blend from the panel, an adapter from the lab."""
         blend = next((row.blend for row in self._state.rows if row.name == name), None)
         if blend is not None:
-            with self._state.lock:
-                self._state.set_blends(tuple(other for other in self._state.blends if other != blend))
+            self._lab.blends = [other for other in self._lab.blends if other != blend]
             return
         code = call_code("lab.delete_adapter", name)
         self._start(f"Deleting {name}…", lambda: self._lab.delete_adapter(name), code)
@@ -291,7 +290,7 @@ class Actions:
         self._start("Saving…", job)
 
     def blend(self, asked: Callable[[], dict[str, float]]) -> None:
-        """Give a blend a row and a column; asked: adapter → multiplier. The lab is not touched."""
+        """Give a blend a row and a column; asked: adapter → multiplier."""
         from adapterlab.columns import Column
 
         def job() -> None:
@@ -301,9 +300,8 @@ class Actions:
             elif column in self._state.blends:
                 self._state.notice = Notice("info", f"{column.label} has a row already.")
             else:
-                self._state.code = f"# one of the columns of lab.compare(…)\n{column_literal(column)!r}"
-                with self._state.lock:
-                    self._state.set_blends((*self._state.blends, column))
+                self._state.code = f"lab.blends = [*lab.blends, {column_literal(column)!r}]"
+                self._lab.blends = [*self._lab.blends, column]
 
         self._start("Blending…", job)
 

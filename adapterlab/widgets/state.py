@@ -181,7 +181,7 @@ class PanelState(t.HasTraits):
     def read(self, lab: AdapterLab) -> None:
         """Take over what the lab says of itself. New adapters get a column of their own, at multiplier 1; blends of
         adapters that are gone go too."""
-        self._set_rows(read_rows(lab), self.blends)
+        self._set_rows(read_rows(lab), lab.blends)
         self.has_chat = bool(getattr(lab.tokenizer, "chat_template", None))
         self.read_selection(lab)
 
