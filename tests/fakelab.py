@@ -60,6 +60,9 @@ class FakeLab:
         acts = f"acting now: {self.selection.label}" if self.enabled else "adapters disabled"
         return f"{self.name} · 135 M · fp32 · 538 MB · cpu · {acts}"
 
+    def _drawing(self, method: str, *arguments: str) -> Callable[[], Any]:
+        return lambda: getattr(self, method)(*arguments)
+
     def parameters(self) -> pd.DataFrame:
         owners = [(BASE, BASE_PARAMETERS), *((name, info.parameters) for name, info in self.adapters.items())]
         rows = [{"owner": o, "parameters": n, "bytes": 4 * n, "share_of_base": n / BASE_PARAMETERS} for o, n in owners]
@@ -141,6 +144,9 @@ class FakeLab:
     def blends(self, columns: list[Column]) -> None:
         self._blends = tuple(columns)
         self._emit("blends")
+
+    def save(self, folder: str) -> None:
+        self._called("save", folder)
 
     def delete_adapter(self, name: str) -> None:
         self._called("delete_adapter", name)

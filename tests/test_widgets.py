@@ -37,6 +37,7 @@ CALLS = [
     "load_adapter",
     "add_adapter",
     "delete_adapter",
+    "save",
     "save_adapter",
     "set_trainable",
 ]
@@ -343,6 +344,20 @@ class TestPanelToLab:
         form.cancel.click()
         assert form.box.layout.display == "none"
 
+    def test_the_whole_lab_is_saved(self, panel: Panel, lab: FakeLab) -> None:
+        form = panel.lab_form
+        form.fold.open = True
+        form.folder.value = " my-lab "
+        form.button.click()
+        lab.wait()
+        assert lab.calls == [("save", ("my-lab",))]
+        assert "AdapterLab('my-lab') opens it again" in html.unescape(panel.notice.html.value)
+        form.folder.value = ""
+        form.button.click()
+        lab.wait()
+        assert len(lab.calls) == 1
+        assert "Give a folder" in panel.notice.html.value
+
     def test_save_without_a_folder_says_so(self, panel: Panel, lab: FakeLab) -> None:
         panel.rows.by_name["pirate"].save.click()
         panel.save_form.folder.value = ""
@@ -418,6 +433,21 @@ class TestPanelToLab:
         lab.delete_adapter("robot")
         assert list(panel.rows.by_name) == ["base", "pirate"], "a blend goes with its adapters"
         assert form.fold.button.layout.display == "none", "one adapter is no blend"
+
+    def test_blends_are_the_labs(self, panel: Panel, lab: FakeLab) -> None:
+        """Made in one panel, in another, or in a cell: all show the same, and a panel that comes later does too."""
+        other = build_panel(lab)
+        panel.blend_form.button.click()
+        lab.wait()
+        assert [blend.label for blend in lab.blends] == ["pirate × 0.5 + robot × 0.5"]
+        lab.blends = [*lab.blends, Column.of(["robot", "pirate"])]
+        rows = ["base", "pirate", "robot", "pirate × 0.5 + robot × 0.5", "robot + pirate"]
+        later = build_panel(lab)
+        assert [list(one.rows.by_name) for one in (panel, other, later)] == [rows] * 3
+        other.rows.by_name["robot + pirate"].delete.click()
+        assert list(panel.rows.by_name) == rows[:-1]
+        for one in (other, later):
+            one.close()
 
     def test_a_blend_is_removed_without_touching_the_lab(self, panel: Panel, lab: FakeLab) -> None:
         panel.blend_form.button.click()
@@ -917,6 +947,7 @@ class TestShowCode:
             lambda: panel.do.load(lambda: ("some/where", "here")),
             lambda: panel.do.add(lambda: ("lora", "mine", {"r": 4, "target_modules": ["q_proj"]})),
             lambda: panel.do.save(lambda: ("robot", "some/folder")),
+            lambda: panel.do.save_lab(lambda: "my-lab"),
             lambda: panel.do.set_trainable("robot"),
             lambda: panel.do.set_trainable(None),
             lambda: panel.do.delete("robot"),

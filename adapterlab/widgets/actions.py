@@ -289,6 +289,20 @@ class Actions:
 
         self._start("Saving…", job)
 
+    def save_lab(self, asked: Callable[[], str]) -> None:
+        """Save the whole lab into a folder; asked: the folder."""
+
+        def job() -> None:
+            folder = asked()
+            if not folder:
+                self._state.notice = Notice("info", NO_FOLDER)
+                return
+            self._state.code = call_code("lab.save", folder)
+            self._lab.save(folder)
+            self._state.notice = Notice("info", f"The lab is saved in {folder!r}: AdapterLab({folder!r}) opens it again.")
+
+        self._start("Saving…", job)
+
     def blend(self, asked: Callable[[], dict[str, float]]) -> None:
         """Give a blend a row and a column; asked: adapter → multiplier."""
         from adapterlab.columns import Column

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
+
+from adapterlab.pagetext import escape
 
 if TYPE_CHECKING:
     import pandas as pd

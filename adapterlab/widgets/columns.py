@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
 from adapterlab.columns import BASE, Column
+from adapterlab.pagetext import escape
 from adapterlab.widgets.compat import classes, close_all
 from adapterlab.widgets.state import PanelState, Shown
 from adapterlab.widgets.text import result_html, sampling_words, text_html, tokens_html

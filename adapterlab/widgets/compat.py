@@ -7,10 +7,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import ipywidgets
+
+from adapterlab.pagetext import escape, readable
 
 _AFTER_ENTER = 0.1  # seconds
 _RENDERS_DESCRIPTIONS = int(ipywidgets.__version__.split(".")[0]) < 8
@@ -26,12 +27,12 @@ def needs_foreground() -> bool:
 
 def label_text(text: str) -> str:
     """Text for a `description` that must stay text: version 7 puts descriptions into the page as HTML."""
-    return escape(text) if _RENDERS_DESCRIPTIONS else text
+    return escape(text) if _RENDERS_DESCRIPTIONS else readable(text)
 
 
 def set_tooltip(widget: Any, text: str) -> None:
     """Show `text` when the pointer rests on `widget`."""
-    widget.set_trait("tooltip" if widget.has_trait("tooltip") else "description_tooltip", text)
+    widget.set_trait("tooltip" if widget.has_trait("tooltip") else "description_tooltip", readable(text))
 
 
 def classes(widget: Any, *names: str) -> Any:

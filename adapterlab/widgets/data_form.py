@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
 from adapterlab.errors import AdapterLabError
+from adapterlab.pagetext import escape, readable
 from adapterlab.widgets.code import Name
 from adapterlab.widgets.compat import classes, set_tooltip
 from adapterlab.widgets.state import Incomplete, PanelState
@@ -170,10 +170,14 @@ def _are_rows(whole: Any) -> bool:
 
 
 def _parsed(text: str) -> Any:
+    odd: list[str] = []  # NaN and Infinity: neither JSON nor, in the code that is shown, Python
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_constant=odd.append)
     except ValueError:
         return None
+    if odd:
+        raise AdapterLabError(f"The examples hold {odd[0]}, which is no JSON: put a text there.")
+    return value
 
 
 def user_namespace() -> dict[str, Any]:
@@ -205,11 +209,12 @@ def _what(value: Any) -> str:
 
 
 def data_files() -> list[str]:
-    """Files in the kernel's folder that could hold examples."""
+    """Files in the kernel's folder that could hold examples, but those whose names are no text: no message could name them."""
     try:
-        return sorted(entry.name for entry in os.scandir() if entry.name.lower().endswith(_ENDINGS))[:100]
+        names = [entry.name for entry in os.scandir() if entry.name.lower().endswith(_ENDINGS)]
     except OSError:  # the folder has gone
         return []
+    return sorted(name for name in names if readable(name) == name)[:100]
 
 
 def lesson_words(lessons: Lessons) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 
+from adapterlab.pagetext import escape, readable
 from adapterlab.widgets.compat import classes, close_all, label_text, on_enter, set_tooltip
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.new_adapter import NewAdapter, next_name
@@ -58,7 +58,7 @@ class LoadForm:
             self.source.value = change["new"]
 
     def _render(self) -> None:
-        options = [("choose one", ""), *((text, repo_id) for repo_id, text in self._state.found)]
+        options = [("choose one", ""), *((readable(text), repo_id) for repo_id, text in self._state.found)]
         if list(self.found.options) != options:
             self.found.options = options
         self.found.layout.display = None if self._state.found else "none"
@@ -196,6 +196,25 @@ class SaveForm:
         why = next((row.obstacle("save") for row in self._state.rows if row.name == self.name), "")
         self.button.disabled = self.button.disabled or bool(why)
         set_tooltip(self.button, why or "lab.save_adapter: weights and config in PEFT's own format")
+
+
+class LabForm:
+    """Calls `on_save(asked)`, which gives the folder for the whole lab."""
+
+    def __init__(self, state: PanelState, on_save: Callable[[Callable[[], str]], object]) -> None:
+        self._state = state
+        self.folder = classes(_text(description="Folder", placeholder="for example my-lab"), "alab-wide")
+        self.button = w.Button(description="Save")
+        self.fold = _form(
+            "Save the lab", "adapters, trainings, blends and every comparison, in one folder", [self.folder, self.button]
+        )
+        self.button.on_click(lambda _: on_save(self.asked))
+        on_enter(self.folder, lambda: on_save(self.asked))
+        set_tooltip(self.button, "lab.save: everything but the base's weights; AdapterLab(folder) opens it again")
+        state.observe(lambda _: _lock(self.button, state), ["busy", "closed"])
+
+    def asked(self) -> str:
+        return self.folder.value.strip()
 
 
 def _form(title: str, hint: str, controls: list[Any]) -> Fold:

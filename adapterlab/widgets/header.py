@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 
+from adapterlab.pagetext import escape
 from adapterlab.widgets.compat import classes, set_tooltip
 from adapterlab.widgets.state import Notice, PanelState
 

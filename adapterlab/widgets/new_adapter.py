@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 
 from adapterlab.inspection import count_new_parameters, people_bytes, people_count
+from adapterlab.pagetext import escape
 from adapterlab.widgets.compat import classes, set_tooltip
 from adapterlab.widgets.state import PanelState, short_share
 

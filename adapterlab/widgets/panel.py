@@ -13,7 +13,7 @@ from adapterlab.widgets.actions import Actions
 from adapterlab.widgets.columns import ColumnsView
 from adapterlab.widgets.compat import classes, close_all, on_enter
 from adapterlab.widgets.fold import Fold
-from adapterlab.widgets.forms import AddForm, BlendForm, LoadForm, SaveForm
+from adapterlab.widgets.forms import AddForm, BlendForm, LabForm, LoadForm, SaveForm
 from adapterlab.widgets.header import Header, NoticeBar
 from adapterlab.widgets.inspect import InspectView
 from adapterlab.widgets.prompt import PromptBox
@@ -65,6 +65,7 @@ class Panel(w.VBox):
         self.load_form = LoadForm(state, do.load, do.check, do.find)
         self.add_form = AddForm(state, do.add)
         self.blend_form = BlendForm(state, do.blend)
+        self.lab_form = LabForm(state, do.save_lab)
         self.prompt = PromptBox(state, examples, do.generate, do.stop)
         on_enter(self.prompt.text, do.generate)
         self.results = ResultsBar(state, do.mark)
@@ -86,7 +87,7 @@ class Panel(w.VBox):
         self.tabs.open = tab
 
     def _adapters(self) -> w.Widget:
-        folds: list[Fold] = [self.load_form.fold, self.add_form.fold, self.blend_form.fold]
+        folds: list[Fold] = [self.load_form.fold, self.add_form.fold, self.blend_form.fold, self.lab_form.fold]
         for fold in folds[:2]:
             fold.open = not self.state.adapter_names
         title = w.HTML(
@@ -99,6 +100,7 @@ class Panel(w.VBox):
     def close(self) -> None:
         """End the panel's thread, stop following the lab, and take the panel off the page. The lab stays."""
         self._shut()
+        self.rows.close()
         for child in self.children:
             close_all(child)
         self.layout.close()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
+from adapterlab.pagetext import escape
 from adapterlab.widgets.code import call_code
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def picture_html(lab: AdapterLab, view: View) -> str:
         if view.what == "Abilities":
             return abilities_html(lab.capabilities())
         label = " ".join([view.what, *filter(None, ["of" if view.adapter else "", view.adapter])])
-        return draw_svg(lambda: getattr(lab, method)(*arguments), label)
+        return draw_svg(lab._drawing(method, *arguments), label)
     except AdapterLabError as error:
         return _words(str(error))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 from traitlets import link
 
+from adapterlab.pagetext import escape, readable
 from adapterlab.render import comparison_page
 from adapterlab.widgets.compat import classes, set_tooltip
 from adapterlab.widgets.fold import Fold
@@ -96,7 +96,8 @@ def _title(number: int, shown: Shown) -> str:
     """A line of the list: its place in the history, the prompt's beginning, the columns."""
     prompt = " ".join(shown.prompt.split())
     labels = ", ".join(shown.generations)
-    return f"{number + 1} · {prompt[:40]}{'…' if len(prompt) > 40 else ''} · {labels[:40]}{'…' if len(labels) > 40 else ''}"
+    short = [f"{text[:40]}{'…' if len(text) > 40 else ''}" for text in (prompt, labels)]
+    return readable(" · ".join([str(number + 1), *short]))
 
 
 def files_html(shown: Shown) -> str:
@@ -109,7 +110,7 @@ def files_html(shown: Shown) -> str:
     ]
     links = "".join(
         f'<a download="comparison.{kind.lower()}" href="data:{mime};charset=utf-8;base64,'
-        f'{base64.b64encode(content.encode()).decode()}">{kind}</a>'
+        f'{base64.b64encode(content.encode(errors="backslashreplace")).decode()}">{kind}</a>'
         for kind, mime, content in parts
     )
     return f'<div class="alab-links"><span class="alab-muted">Download this comparison as</span>{links}</div>'

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 
 from adapterlab.inspection import people_bytes, people_count
+from adapterlab.pagetext import escape
 from adapterlab.widgets.compat import classes, close_all, label_text, set_tooltip
 from adapterlab.widgets.state import PanelState, Row
 
@@ -46,7 +46,8 @@ class AdapterRow:
         self.tools = classes(w.HBox(tools), "alab-row-tools")
         self.box = classes(w.HBox([self.compare, self.facts, self.tools]), "alab-row")
         self.compare.observe(self._on_compare, "value")
-        self.multiplier.observe(self._on_multiplier, "value")
+        if row.is_adapter:  # the others have none to move, and setting theirs would draw the list within its own drawing
+            self.multiplier.observe(self._on_multiplier, "value")
         self.use.on_click(lambda _: on_use(name))
         self.save.on_click(lambda _: on_save(name))
         self.delete.on_click(lambda _: self._on_delete_click())
@@ -97,6 +98,11 @@ class AdapterRow:
         self.disarm()
         self._on_delete(self.row.name)
 
+    def close(self) -> None:
+        """Close its widgets, those too that this kind of row does not show."""
+        for widget in (self.box, self.multiplier, self.use, self.save, self.delete):
+            close_all(widget)
+
     def disarm(self) -> None:
         """Forget a first click on Delete."""
         self._armed = False
@@ -131,7 +137,12 @@ class AdapterRows:
         if boxes != self.box.children:
             self.box.children = boxes
         for row in gone:
-            close_all(row.box)
+            row.close()
+
+    def close(self) -> None:
+        """Close all rows."""
+        for row in self.by_name.values():
+            row.close()
 
 
 def facts_html(row: Row, current: bool) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from html import escape
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.pagetext import escape
 from adapterlab.render import mark_words
 
 if TYPE_CHECKING:
@@ -115,12 +115,17 @@ def result_html(generation: Generation, *, blind: bool = False) -> str:
 
 def sampling_words(settings: Mapping[str, Any]) -> str:
     """The settings in a line: `64 new tokens, always the likeliest token` or `…, temperature 0.8, top-p 0.9, seed 3`."""
-    words = [f"{settings['max_new_tokens']} new tokens"] if "max_new_tokens" in settings else []
+    words = [f"{_number(settings['max_new_tokens'])} new tokens"] if "max_new_tokens" in settings else []
     if not settings.get("temperature"):
         return ", ".join([*words, "always the likeliest token"])
-    words.append(f"temperature {settings['temperature']:g}")
-    if settings.get("top_p", 1.0) < 1:
-        words.append(f"top-p {settings['top_p']:g}")
+    words.append(f"temperature {_number(settings['temperature'])}")
+    if settings.get("top_p", 1.0) not in (1, None):
+        words.append(f"top-p {_number(settings['top_p'])}")
     if settings.get("top_k"):
-        words.append(f"top-k {settings['top_k']}")
-    return ", ".join([*words, f"seed {settings.get('seed', 0)}"])
+        words.append(f"top-k {_number(settings['top_k'])}")
+    return ", ".join([*words, f"seed {_number(settings.get('seed', 0))}"])
+
+
+def _number(value: Any) -> str:
+    """0.8 → `0.8`; what somebody wrote into a file instead, as it is."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 
 from adapterlab.inspection import people_count
+from adapterlab.pagetext import escape
 from adapterlab.widgets.code import call_code
 from adapterlab.widgets.compat import classes, on_enter, set_tooltip
 from adapterlab.widgets.data_form import DataForm, Examples

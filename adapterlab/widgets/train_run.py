@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
+from adapterlab.pagetext import escape
 from adapterlab.widgets.charts import loss_chart, ranks_table
 from adapterlab.widgets.columns import FLUSH_SECONDS
 from adapterlab.widgets.compat import classes, set_tooltip
