@@ -3,10 +3,12 @@ adapters natively, and stops before a step that would ruin the weights."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from adapterlab.adalora import AdaLoraCallback
-from adapterlab.errors import AdapterLabError
+from adapterlab.errors import AdapterLabError, StoppedError
+from adapterlab.guards import put_back
 from adapterlab.peaks import note, optimizer_tensors
 from adapterlab.sessions import interrupt_stops
 
@@ -31,8 +34,13 @@ class NonFiniteError(AdapterLabError):
     """A loss or a gradient is NaN or infinite: the step was not taken."""
 
 
-class StoppedTraining(Exception):
-    """Stop was asked for where transformers looks at no flag: in the middle of an evaluation."""
+@dataclass(frozen=True)
+class Before:
+    """What a step changes, as it was before it: an exception in the middle of one would leave half of it."""
+
+    step: int
+    weights: list[tuple[torch.nn.Parameter, torch.Tensor]]
+    kept: list[torch.Tensor]  # AdaLoRA's triplets
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,20 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, session: Session, **trainer: Any) -> None:
         self.session = session
-        session.adapters.trainers.add(self)
         self._inside = False
         self._started = time.perf_counter()
         self.took = 0.0
         self._positions, self._filled = 0, torch.zeros((), dtype=torch.int64)
         self.allocation: AdaLoraCallback | None = None
+        self.before: Before | None = None  # while a step is taken
         with session.using() as model:
+            here = session.adapters  # a new set: somebody may be counting the old one
+            here.trainers = weakref.WeakSet([*here.trainers, self])
             super().__init__(model=model, **trainer)
             for callback in (PrinterCallback, transformers.trainer.DEFAULT_PROGRESS_CALLBACK):
                 self.remove_callback(callback)
-            self.add_callback(_Watch(session.stop))
+            self._watch = _Watch(session.stop, self)
+            self.add_callback(self._watch)
             if not self.args.disable_tqdm:
                 self.add_callback(_Bar(session.name))
             config = session.adapters.mounts.adapters[session.name].config
@@ -88,25 +99,44 @@ class AdapterTrainer(Trainer):
         and the first Ctrl-C end it after the step at work."""
         resume = self._checkpoint(resume_from_checkpoint)
         with self.session.training(), interrupt_stops(self.session.stop):
-            self.model.config.use_cache = bool(getattr(self.args, "use_cache", False))
-            self._inside, self._started = True, time.perf_counter()
-            before = {id(tensor) for tensor in optimizer_tensors(self.optimizer)}  # an earlier training's: no news
-            try:
-                return super().train(resume_from_checkpoint=resume, **kwargs)
-            except StoppedTraining:
-                losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-                return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), {})
-            finally:
-                self._inside = False
-                self.took = time.perf_counter() - self._started
-                note("optimizer", lambda: [t for t in optimizer_tensors(self.optimizer) if id(t) not in before])
-                note("importance averages", self.averages)
-                if self.allocation is not None:
-                    self.allocation.finish()
-                for callback in self.callback_handler.callbacks:
-                    if isinstance(callback, _Bar):
-                        callback.close()
-                self.model.zero_grad(set_to_none=True)
+            old = {id(tensor) for tensor in optimizer_tensors(self.optimizer)}  # an earlier training's: no news
+            with put_back(functools.partial(self._leave, old)):
+                self.model.config.use_cache = bool(getattr(self.args, "use_cache", False))
+                self.before = None
+                self._inside, self._started = True, time.perf_counter()
+                try:
+                    return super().train(resume_from_checkpoint=resume, **kwargs)
+                except StoppedError:
+                    if not self.session.stop.is_set():
+                        raise
+                    losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+                    return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), {})
+
+    def _leave(self, old: set[int]) -> None:
+        """End the training, wherever it is; twice is once. old: ids of the optimizer's tensors that were there before."""
+        if self._inside:
+            self._inside = False
+            self.took = time.perf_counter() - self._started
+        note("optimizer", lambda: [t for t in optimizer_tensors(self.optimizer) if id(t) not in old])
+        note("importance averages", self.averages)
+        self._take_back_half_a_step()
+        if self.allocation is not None:
+            self.allocation.finish()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, _Bar):
+                callback.close()
+        self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _take_back_half_a_step(self) -> None:
+        """A step that was begun and is not counted did not happen."""
+        before = self.before
+        if before is None or before.step != self.state.global_step:
+            return
+        for parameter, weights in before.weights:
+            parameter.copy_(weights)
+        if self.allocation is not None:
+            self.allocation.forget_step(before.step + 1, before.kept)
 
     def averages(self) -> list[torch.Tensor]:
         """What AdaLoRA's allocation keeps from step to step, as large as the optimizer's state; empty for other methods."""
@@ -223,18 +253,13 @@ class AdapterTrainer(Trainer):
             tensor.copy_(stored[key])
 
     def _checkpoint(self, given: str | os.PathLike[str] | bool | None) -> str | None:
-        if given is True:
-            found = transformers.trainer_utils.get_last_checkpoint(self.args.output_dir)
-            if found is None:
-                raise AdapterLabError(f"There is no checkpoint in {self.args.output_dir!r} to resume from.")
-            given = found
-        if not given:
+        from adapterlab.checkpoints import find_checkpoint
+
+        folder = find_checkpoint(given, self.args.output_dir)
+        if folder is None:
             return None
-        folder = str(given)
-        if not os.path.isfile(os.path.join(folder, "trainer_state.json")):
-            raise AdapterLabError(f"{folder!r} is no checkpoint to resume from: it has no trainer_state.json.")
-        self.args.resume_from_checkpoint = folder  # where AdaLoraCallback looks
-        return folder
+        self.args.resume_from_checkpoint = str(folder)  # where AdaLoraCallback looks
+        return str(folder)
 
 
 class LikeLengths(torch.utils.data.Sampler[int]):
@@ -272,8 +297,9 @@ class LikeLengths(torch.utils.data.Sampler[int]):
 class _Watch(TrainerCallback):
     """Looks for Stop after each piece of work, and at the gradients before they reach the weights."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, trainer: AdapterTrainer) -> None:
         self.stop = stop
+        self._trainer = weakref.ref(trainer)
         self.told = False  # how much the gradients take, which is the same at each step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -284,12 +310,15 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer()
+        if trainer is not None:
+            trainer.before = None
         if self.stop.is_set():
             control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop.is_set():
-            raise StoppedTraining
+            raise StoppedError("Stopped in the middle of an evaluation, and a part of it would be no result.")
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -297,6 +326,7 @@ class _Watch(TrainerCallback):
         if not self.told:
             note("gradients", lambda: [p.grad for p in model.parameters() if p.grad is not None])
             self.told = True
+        self._remember(model, state.global_step)
         if getattr(optimizer, "scaler", None) is not None:
             return  # it leaves such steps out by itself
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -305,6 +335,13 @@ class _Watch(TrainerCallback):
                 f"A gradient is not finite at step {state.global_step + 1}, and that step was not taken. Lower the learning "
                 "rate, or look into the data."
             )
+
+    def _remember(self, model: Any, step: int) -> None:
+        trainer = self._trainer()
+        if trainer is not None:
+            allocator = None if trainer.allocation is None else trainer.allocation.allocator
+            weights = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+            trainer.before = Before(step, weights, [] if allocator is None else allocator.kept)
 
 
 class _Bar(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -557,6 +558,44 @@ class TestCheckpoints:
         best = run.history[run.history.step > 0].eval_loss.min()
         trainer = lab.trainer("new", PAIRS, eval_dataset=PAIRS[:2], output_dir=str(tmp_path / "x"), **QUIET)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        "name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
+    )
+    def test_half_a_checkpoint_is_passed_over(
+        self, lab: AdapterLab, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A process killed while it wrote. transformers goes on with a fresh optimizer, without a word."""
+        how: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "output_dir": str(tmp_path / "a"), **LORA, **QUIET}
+        lab.train("new", PAIRS, **how)
+        expected = lab._adapters.refresh(["new"])
+        again = AdapterLab(tiny_llama(), tokenizer=tiny_tokenizer(chat=True))
+        shutil.rmtree(tmp_path / "a" / "checkpoint-6")
+        (tmp_path / "a" / "checkpoint-4" / name).unlink()
+        with pytest.raises(AdapterLabError, match=rf"checkpoint-4' is no checkpoint to resume from: it has no {name}"):
+            again.train("new", PAIRS, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"), **how)
+        assert list(again.adapters) == []
+        again.train("new", PAIRS, resume_from_checkpoint=True, **how)
+        assert f"checkpoint-4 is passed over: it has no {name}." in capsys.readouterr().out
+        assert again._adapters.refresh(["new"]) == expected, "from checkpoint-2, to the same weights"
+
+    @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+    def test_a_checkpoint_cut_off_is_refused(self, lab: AdapterLab, tmp_path: Path, name: str) -> None:
+        lab.train("new", PAIRS, max_steps=2, save_steps=2, output_dir=str(tmp_path), **LORA, **QUIET)
+        path = tmp_path / "checkpoint-2" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(AdapterLabError, match=rf"no checkpoint to resume from: its {name} .*may have been cut off"):
+            lab.train("more", PAIRS, max_steps=4, resume_from_checkpoint=str(path.parent), **LORA, **QUIET)
+        assert list(lab.adapters) == ["new"]
+
+    def test_a_checkpoint_without_optimizer_is_said(
+        self, lab: AdapterLab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lab.train(
+            "new", PAIRS, max_steps=2, save_steps=2, save_only_model=True, output_dir=str(tmp_path), **LORA, **QUIET
+        )
+        lab.train("more", PAIRS, max_steps=3, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **LORA, **QUIET)
+        assert "without the optimizer's state (save_only_model): it begins anew" in capsys.readouterr().out
 
     @pytest.mark.parametrize("where", ["nowhere", "empty"])
     def test_no_checkpoint_to_resume_from(self, lab: AdapterLab, tmp_path: Path, where: str) -> None:
