@@ -164,6 +164,13 @@ class AdaLoraCallback(TrainerCallback):
                 self._config.rank_pattern = {f"{path}.lora_E": kept for path, kept in pattern.items()}
         self._tuner = self._config = None
 
+    def forget_step(self, step: int, kept: list[Tensor]) -> None:
+        """Step `step` is taken back: what stays is what stayed before it."""
+        if self.allocator is not None:
+            self.allocator.kept = kept
+        self._steps = [row for row in self._steps if row["step"] < step]
+        self._pruned = [row for row in self._pruned if row["step"] < step]
+
     def save(self, folder: Path) -> None:
         """Write averages, pattern and history into `folder`."""
         from safetensors.torch import save_file

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -334,12 +334,13 @@ class Adapters:
         config, flight = self.preflight(files, tokenizer)
         flight.raise_for_problems()
         assert config is not None  # it has no problems
-        weights = read_weights(files.weights_file)
+        weights = read_weights(files.weights_file, finite=False)
         with self.whole():
             self._take(config, saved.name, weights, saved.source, files)
             record = self.records[saved.name]
             if record.digest == saved.digest:
                 record.initial, record.loaded, record.saved = saved.initial, saved.loaded, saved.saved
+                record.noop = saved.noop
 
     def preflight(self, files: AdapterFiles, tokenizer: Any = None) -> tuple[PeftConfig | None, Preflight]:
         """The adapter's config, if it can be used, and the verdict on it; nothing is changed."""
@@ -538,7 +539,8 @@ class Adapters:
                 record.reader = AdapterReader(mounted.layers, name)
             digest = record.reader.digest()
             if digest != record.digest:
-                vars(record).update(digest=digest, noop=is_noop(mounted, name, fresh=False))  # one is never seen alone
+                noop = is_noop(mounted, name, fresh=digest == record.initial)
+                vars(record).update(digest=digest, noop=noop)  # one is never seen alone
             if name == self.trainable:
                 record.reference = digest
             fresh[name] = digest
@@ -562,17 +564,18 @@ class Adapters:
         record = self.records[name]
         files = record.files
         if files is not None and record.reference == record.filed and file_digest(files.weights_file) == record.file:
-            return read_config(files.config, files.source), read_weights(files.weights_file)
+            return read_config(files.config, files.source), read_weights(files.weights_file, finite=False)
         return self.state(name)
 
-    def release(self) -> None:
+    def release(self, mark: str) -> None:
         """Take everything out and give the model back as it came: bare, or with the adapters it came with. Nothing is here
-        afterwards: a view of the lab, or an error that somebody still has, would keep the model in memory."""
+        afterwards: a view of the lab, or an error that somebody still has, would keep the model in memory. mark: what the lab
+        has written on it."""
         from adapterlab.mounts import Mounts
 
         if self.model is not None:
             self.mounts.leave()
-            _restore(self.model, self._given)
+            _restore(self.model, self._given, mark)
         nothing: Any = None
         self.model, self.mounts = nothing, Mounts(nothing)  # the model first: `seen` looks for it
         self.base, self.records, self._given, self.packed = {}, {}, {}, []
@@ -600,7 +603,20 @@ def _remember(model: Any) -> dict[str, Any]:
     }
 
 
-def _restore(model: Any, given: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def given_back(model: Any, mark: str, taken: Callable[[], bool]) -> Iterator[None]:
+    """The block takes the model into a lab; if it is not `taken` in the end, it is given back as it came."""
+    given = _remember(model)
+
+    def undo() -> None:
+        if not taken():
+            _restore(model, given, mark)
+
+    with put_back(undo):
+        yield
+
+
+def _restore(model: Any, given: dict[str, Any], mark: str) -> None:
     for module, children in given["children"].items():
         module._modules.clear()
         module._modules.update(children)
@@ -612,3 +628,4 @@ def _restore(model: Any, given: dict[str, Any]) -> None:
     model.__dict__.pop("_hf_peft_config_loaded", None)
     if given["loaded"] is not None:
         model._hf_peft_config_loaded = given["loaded"]
+    model.__dict__.pop(mark, None)

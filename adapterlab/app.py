@@ -16,11 +16,10 @@ DEMO = "demo"
 NOTEBOOK = "adapterlab.ipynb"
 
 _CELL = """\
-from html import escape
-
 from IPython.display import HTML, display
 
 from adapterlab import AdapterLab, AdapterLabError
+from adapterlab.pagetext import escape, without_maths
 
 try:
     lab = {opening}
@@ -29,7 +28,7 @@ try:
     lab.set_adapter(None)
     lab.show()
 except AdapterLabError as error:
-    display(HTML("<h1>AdapterLab</h1><p>" + escape(str(error)) + "</p>"))
+    display(HTML(without_maths("<h1>AdapterLab</h1><p>" + escape(error) + "</p>")))
 """
 
 
@@ -95,5 +94,8 @@ def serve_app(
 
 def _place(source: str) -> str:
     """A folder by its whole path, since the kernel works elsewhere; a Hub id as it is."""
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() or source.startswith((".", "~")) else source
+    try:
+        path = Path(source).expanduser()
+        return str(path.absolute()) if path.exists() or source.startswith((".", "~")) else source
+    except (OSError, RuntimeError):  # no path can be called so; the lab says what is wrong with it
+        return source

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.pagetext import readable
 from adapterlab.places import portable_name
 
 if TYPE_CHECKING:
@@ -308,18 +309,24 @@ def _loading(info: AdapterInfo, base: Base, seq2seq: bool, repo_id: str | None) 
 
 def _words(text: Any) -> str:
     """Text that Markdown takes literally, also in a table: one line, its marks as entities."""
-    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", " ".join(str(text).split()))
+    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", " ".join(readable(text).split()))
 
 
 def _code(text: str) -> str:
     """Text as code on one line, with fences longer than those in it. In a table it may have no bar."""
-    text = " ".join(text.split())
+    text = " ".join(readable(text).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`" if text else ""
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """Python's literal for it, with escapes for all that would not be seen."""
+    letters = (letter if letter.isprintable() else _escaped(ord(letter)) for letter in json.dumps(text, ensure_ascii=False))
+    return "".join(letters)
+
+
+def _escaped(code: int) -> str:
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -8,11 +8,13 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.config_values import wrong_values
 from adapterlab.errors import AdapterLabError
 from adapterlab.file_checks import Shapes, check_tensors, check_vocabulary, listed, read_shapes
 from adapterlab.methods import PROVISIONAL_TOTAL_STEP, config_obstacles
 from adapterlab.mounts import PREFIX
-from adapterlab.preflight import Preflight, expected_shapes, make_known_config
+from adapterlab.patterns import pattern_objections
+from adapterlab.preflight import Preflight, expected_shapes, make_known_config, shown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -66,14 +68,14 @@ def check_options(flight: Preflight, raw: Mapping[str, Any]) -> PeftConfig | Non
             [("option", field, usable[field], "an option that PEFT knows") for field in strange],
             problem=False,
         )
-    wrong = _wrong_numbers(usable)
+    wrong = wrong_values(usable)
     usable = {field: value for field, value in usable.items() if field not in wrong}
     config, refused = _make_config(usable)
     wrong |= refused
     if wrong:
         flight.tell(
             "its adapter_config.json has values that PEFT does not take: "
-            + "; ".join(f"{field}={raw.get(field)!r} ({why})" if field else why for field, why in wrong.items())
+            + "; ".join(f"{field}={shown(repr(raw.get(field)), 80)} ({why})" if field else why for field, why in wrong.items())
             + ".",
             [("option", field, raw.get(field), why) for field, why in wrong.items()],
             problem=True,
@@ -88,17 +90,6 @@ def _unknown_fields(raw: Mapping[str, Any]) -> list[str]:
     cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]
     known = {each.name for each in dataclasses.fields(cls)} | {"auto_mapping", "peft_version"}
     return [field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})]
-
-
-def _wrong_numbers(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Fields whose default is a number, and whose value is something else. PEFT takes them, and fails much later."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]
-    numbers = {each.name for each in dataclasses.fields(cls) if type(each.default) in (int, float)}
-    return {
-        field: "no number" for field, value in raw.items() if field in numbers and isinstance(value, (str, list, dict))
-    }
 
 
 def _make_config(raw: dict[str, Any]) -> tuple[PeftConfig | None, dict[str, str]]:
@@ -151,6 +142,15 @@ def check_base(flight: Preflight, model: Any, raw: Mapping[str, Any], base_path:
 def check_targets(flight: Preflight, model: Any, config: Any) -> Shapes | None:
     """What the config wants to adapt against the modules there are; gives the tensors of those that can be adapted, shape by
     key, None if there are none."""
+    objections = pattern_objections(config, model)
+    if objections:
+        told = "; ".join(f"{field}: {why}" for field, why in objections.items())
+        flight.tell(
+            f"PEFT would not end, or fail, with {told}.",
+            [("option", field, getattr(config, field), why) for field, why in objections.items()],
+            problem=True,
+        )
+        return None
     modules = [path for path, _ in model.named_modules() if path]
     parameters = [path for path, _ in model.named_parameters(remove_duplicate=False)]
     has = ", ".join(sorted({path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight(module)}))

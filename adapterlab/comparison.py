@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = "adapterlab-comparison"
 VERSION = 1
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: pandas' texts have none
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Comparison:
             }
             for g in self.generations
         ]
+        rows = [{key: _HALF.sub("\ufffd", v) if isinstance(v, str) else v for key, v in row.items()} for row in rows]
         whole = ["first_difference"]
         for row, more in zip(rows, lab_rows(self)):
             row.update(more)
@@ -184,9 +187,9 @@ class Comparison:
         rows = [
             (
                 g.prompt_index,
-                g.column,
+                _HALF.sub("\ufffd", g.column),
                 i,
-                g.tokens[i],
+                _HALF.sub("\ufffd", g.tokens[i]),
                 g.logprobs[i],
                 g.base_logprobs[i] if g.base_logprobs else math.nan,
             )
@@ -240,30 +243,20 @@ class Comparison:
             "prompt_ids": self.prompt_ids,
             "generations": [_plain(asdict(g)) for g in self.generations],
         }
-        return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+        # Half a character, as JSON can say it and UTF-8 can't.
+        return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Comparison:
         """Read what `to_json` wrote. Raises `AdapterLabError` for anything else, saying what is wrong with it."""
+        from adapterlab.comparison_files import read_parts
+        from adapterlab.concatenation import check_labs
+
+        comparison = cls(**read_parts(Path(path), FORMAT, VERSION))
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise AdapterLabError(f"{str(path)!r} can't be read as a comparison: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise AdapterLabError(f"{str(path)!r} is no comparison saved by Comparison.to_json.")
-        if content.get("version") != VERSION:
-            raise AdapterLabError(
-                f"{str(path)!r} has format version {content.get('version')!r}, this AdapterLab reads {VERSION}: update it."
-            )
-        try:
-            generations = [_generation(row) for row in content["generations"]]
-            parts = {key: content[key] for key in ("prompts", "rendered", "settings", "model", "created")}
-            ids = [tuple(int(token) for token in row) for row in content["prompt_ids"]]
-            comparison = cls(generations=generations, prompt_ids=ids, **parts)
-            _check_parts(comparison)
-            if any(not 0 <= g.prompt_index < len(comparison.prompts) for g in generations):
-                raise ValueError("a generation names a prompt that is not there")
-        except (KeyError, TypeError, ValueError) as error:
+            check_labs(comparison)
+        except (TypeError, ValueError) as error:
             raise AdapterLabError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}.") from error
         return comparison
 
@@ -301,50 +294,3 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
         return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return {key: finite(value) for key, value in row.items()}
-
-
-def _generation(row: dict[str, Any]) -> Generation:
-    known = {f.name for f in fields(Generation)}
-    unknown = set(row) - known
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    lists = {"token_ids", "tokens", "logprobs", "leads", "active_adapters", "multipliers", "base_logprobs"}
-    values = {key: _tuple(value) if key in lists else value for key, value in row.items()}
-    values["asked"] = tuple((str(name), float(multiplier)) for name, multiplier in row["asked"])
-    for key in ("column", "text", "prompt", "finish_reason", "weights_digest", "note"):
-        if not isinstance(values[key], str):
-            raise TypeError(f"{key} is no text")
-    values["logit_shift"] = math.nan if values["logit_shift"] is None else float(values["logit_shift"])
-    generation = Generation(**values)
-    switches = (generation.batched, generation.cached, generation.tie)
-    if not all(isinstance(switch, bool) for switch in switches):
-        raise TypeError("batched, cached and tie are true or false")
-    if not isinstance(generation.first_difference, (int, type(None))) or not isinstance(generation.batch_size, int):
-        raise TypeError("first_difference and batch_size are whole numbers")
-    if not all(isinstance(name, str) for name in (*generation.active_adapters, *generation.tokens)):
-        raise TypeError("adapters and tokens are texts")
-    numbers = (*generation.logprobs, *generation.leads, *generation.multipliers, generation.seconds)
-    if not all(
-        isinstance(number, (int, float)) for number in (*numbers, *generation.token_ids, generation.prompt_index)
-    ):
-        raise TypeError("token_ids, logprobs, leads, multipliers and seconds are numbers")
-    if generation.base_logprobs is not None and len(generation.base_logprobs) != len(generation.token_ids):
-        raise ValueError("base_logprobs and token_ids differ in length")
-    if not len(generation.token_ids) == len(generation.tokens) == len(generation.logprobs):
-        raise ValueError("token_ids, tokens and logprobs differ in length")
-    return generation
-
-
-def _check_parts(comparison: Comparison) -> None:
-    from adapterlab.concatenation import check_labs
-
-    texts = (*comparison.prompts, *comparison.rendered, comparison.created)
-    if not all(isinstance(text, str) for text in texts) or len(comparison.prompts) != len(comparison.prompt_ids):
-        raise TypeError("prompts, rendered and created are texts, with ids for each prompt")
-    if not isinstance(comparison.model, dict) or not isinstance(comparison.settings, dict):
-        raise TypeError("model and settings are mappings")
-    check_labs(comparison)
-
-
-def _tuple(value: Any) -> Any:
-    return None if value is None else tuple(math.nan if item is None else item for item in value)

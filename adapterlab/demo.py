@@ -167,6 +167,7 @@ def _run_showing_size(command: list[str], scratch: Path, output: int, progress: 
     from tqdm.auto import tqdm
 
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    environment.pop("PIP_REQUIREMENT", None)  # the index is the user's choice; what is fetched from it is not
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=scratch
     )

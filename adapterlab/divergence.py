@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ _NAMES = [
 
 
 def divergence_frame(
-    adapters: Adapters, tokenizer: Any, text: Any, columns: Any, prompt: Any, chat: Any
+    adapters: Adapters, tokenizer: Any, text: Any, columns: Any, prompt: Any, chat: Any, stop: threading.Event
 ) -> pd.DataFrame:
     """See `AdapterLab.divergence`."""
     import pandas as pd
@@ -36,11 +37,11 @@ def divergence_frame(
     if isinstance(text, Comparison):
         if prompt is not None:
             raise AdapterLabError("A Comparison brings its prompts: leave prompt= out.")
-        rows = _own_answers(adapters, text, columns)
+        rows = _own_answers(adapters, text, columns, stop)
     elif isinstance(text, str):
         wanted = _without_base(adapters, columns)
         passage, first = _passage(adapters.model, tokenizer, text, prompt, chat)
-        scores = score_passages(adapters, [Column(), *wanted], [passage], kl=True)
+        scores = score_passages(adapters, [Column(), *wanted], [passage], kl=True, stop=stop)
         tokens = token_texts(tokenizer.decode, passage.ids[first:])
         rows = [
             row
@@ -133,7 +134,9 @@ def _checked(model: Any, passage: Passage) -> Passage:
     return passage
 
 
-def _own_answers(adapters: Adapters, comparison: Comparison, columns: Any) -> list[tuple[Any, ...]]:
+def _own_answers(
+    adapters: Adapters, comparison: Comparison, columns: Any, stop: threading.Event
+) -> list[tuple[Any, ...]]:
     """Each column reads what it said itself, and base reads it too."""
     from adapterlab.fingerprints import column_digest
 
@@ -153,7 +156,7 @@ def _own_answers(adapters: Adapters, comparison: Comparison, columns: Any) -> li
                 f"{column.label!r} spoke in this comparison with other weights than it has now: compare again."
             )
         passages = [_answer(adapters.model, comparison.prompt_ids[g.prompt_index], g) for g in answers[column]]
-        scores = score_passages(adapters, [Column(), column], passages, kl=True)
+        scores = score_passages(adapters, [Column(), column], passages, kl=True, stop=stop)
         for i, (g, passage) in enumerate(zip(answers[column], passages)):
             first = len(passage.ids) - len(g.token_ids)
             mine, base = scores[column, i], scores[Column(), i]
@@ -169,7 +172,14 @@ def _answer(model: Any, prompt: Sequence[int], generation: Any) -> Passage:
 
 
 def evaluate_frame(
-    adapters: Adapters, tokenizer: Any, data: Any, columns: Any, max_length: int | None, confidence: float, seed: int
+    adapters: Adapters,
+    tokenizer: Any,
+    data: Any,
+    columns: Any,
+    max_length: int | None,
+    confidence: float,
+    seed: int,
+    stop: threading.Event,
 ) -> pd.DataFrame:
     """See `AdapterLab.evaluate`."""
     import numpy as np
@@ -184,7 +194,7 @@ def evaluate_frame(
     wanted = adapters.columns(columns)
     rows = read_lessons(adapters.model, tokenizer, data, None, max_length, seed).train.rows
     passages = [Passage.of_row(adapters.model, row) for row in rows]
-    scores = score_passages(adapters, wanted, passages, kl=False)
+    scores = score_passages(adapters, wanted, passages, kl=False, stop=stop)
     counts = np.array([len(passage.places) for passage in passages])
     sums = {c: np.array([-sum(scores[c, i].logprob) for i in range(len(passages))]) for c in wanted}
     draws = _resampled(sums, counts, seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 from adapterlab.errors import AdapterLabError
 
+_LARGEST = (1 << 63) - 1
 IGNORED = -100  # what the loss skips, in transformers
 Row = dict[str, list[int]]
 
@@ -143,8 +144,9 @@ def _read_file(path: Path, label: str) -> Any:
 def _parsed(text: str, where: str, label: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise AdapterLabError(f"{label}: {where} is no JSON: {error}. Mend it, or leave it out.") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise AdapterLabError(f"{label}: {where} is no JSON: {why}. Mend it, or leave it out.") from error
 
 
 def _form(columns: Collection[Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
@@ -309,4 +311,6 @@ def _whole_numbers(name: str, values: Any) -> list[int]:
     values = [_plain(value) for value in values]
     if not all(isinstance(value, int) for value in values):
         raise Unusable(f"{name} is {_short(values)} and no list of whole numbers")
+    if any(not -_LARGEST <= value <= _LARGEST for value in values):
+        raise Unusable(f"{name} is {_short(values)}, with a number beyond what torch counts with")
     return [int(value) for value in values]

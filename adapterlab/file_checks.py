@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
 from adapterlab.methods import is_drawn
-from adapterlab.preflight import Preflight, header_shapes
+from adapterlab.preflight import Preflight
 from adapterlab.vocabulary import differences, read_vocabulary
+from adapterlab.weights import header_kinds, header_shapes
 
 if TYPE_CHECKING:
     from adapterlab.hub import AdapterFiles
@@ -20,9 +21,18 @@ _LISTED = 4  # how many keys a sentence names before it counts the rest
 
 
 def read_shapes(flight: Preflight, files: AdapterFiles) -> Shapes | None:
-    """Shape by key of what the file holds; None if it can't be read, which is told."""
+    """Shape by key of what the file holds; None if it can't be read, which is told. So are tensors that hold no floats."""
     try:
-        return header_shapes(files.weights_file)
+        shapes = header_shapes(files.weights_file)
+        odd = header_kinds(files.weights_file) if files.weights_file.suffix == ".safetensors" else {}
+        if odd:
+            listed_ = listed(f"{key} is {kind}" for key, kind in odd.items())
+            flight.tell(
+                f"{len(odd)} of its {len(shapes)} tensors hold no floats ({listed_}), and PEFT would take them as if.",
+                [("tensors", key, kind, "floats") for key, kind in odd.items()],
+                problem=True,
+            )
+        return shapes
     except AdapterLabError as error:
         flight.tell(str(error), [("tensors", files.weights_file.name, "not readable", "adapter weights")], problem=True)
         return None
@@ -201,6 +211,6 @@ def _indices(raw: Mapping[str, Any]) -> list[int]:
 
 def listed(items: Iterable[str]) -> str:
     """The first few, and how many more there are."""
-    items = list(items)
+    items = [item if len(item) <= 160 else f"{item[:159]}…" for item in items]
     rest = len(items) - _LISTED
     return "; ".join(items[:_LISTED]) + (f"; and {rest} more" if rest > 0 else "")

@@ -35,11 +35,16 @@ class FinishedColumns:
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
-        self.limit, self.size = limit, 0
+        self.limit = limit
         self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def size(self) -> int:
+        """Bytes, about. Counted and not kept: a number beside what is kept could be left behind by Ctrl-C."""
+        return sum([size for _, size in list(self._kept.values())])
 
     def get(self, key: str) -> Any:
         """What is kept under `key`, which thereby was used last; None if nothing is."""
@@ -60,16 +65,15 @@ class FinishedColumns:
 
     def clear(self) -> None:
         self._kept.clear()
-        self.size = 0
 
     def _put(self, key: str, value: Any, size: int) -> None:
-        self.size -= self._kept.pop(key, (None, 0))[1]
+        self._kept.pop(key, None)
         if size > self.limit:
             return
         self._kept[key] = (value, size)
-        self.size += size
-        while self.size > self.limit:
-            self.size -= self._kept.popitem(last=False)[1][1]
+        surplus = self.size - self.limit
+        while surplus > 0:
+            surplus -= self._kept.popitem(last=False)[1][1]
 
 
 def recall(run: Run, keys: Keys) -> dict[Place, Generation]:

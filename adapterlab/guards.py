@@ -53,14 +53,18 @@ def _back_to(pending: list[Undo], mark: int) -> None:
         raise failed
 
 
+class Lent:
+    """Lives as long as the variables of the generator that holds it."""
+
+
 class Work:
     """One call of a lab at work, as a context manager within the lab's lock: at its end everything is put back.
 
-    lent: for the frame of a generator that lends the model, something that lives as long as its variables do; a function's
-    frame tells by itself whether it still runs.
+    lent: for a generator, which lends the model to somebody: a variable of its; a function tells by itself whether it still
+    runs.
     """
 
-    def __init__(self, lab: Any, lent: object | None = None) -> None:
+    def __init__(self, lab: Any, lent: Lent | None = None) -> None:
         self.lab, self.undo = lab, list[Undo]()
         self.thread = threading.get_ident()
         self.frame: FrameType | None = None

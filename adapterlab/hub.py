@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 from adapterlab.columns import make_safe_name
 from adapterlab.errors import AdapterLabError
 from adapterlab.labfiles import MANIFEST
-from adapterlab.places import ADAPTER_CONFIG, MODEL_CONFIG, Place, locate
+from adapterlab.places import ADAPTER_CONFIG, MODEL_CONFIG, Place, is_file, is_folder, locate
+from adapterlab.strangers import read_json
 
 # In order of preference: a .bin is a pickle.
+_LONGEST_NAME = 1000  # letters of what a base is called
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -124,11 +125,18 @@ def locate_base(place: Place, files: AdapterFiles) -> Place:
             f"The adapter {files.source} doesn't say which model it is for (base_model_name_or_path in "
             f"{ADAPTER_CONFIG} is {name!r}): {remedy}"
         )
-    candidates = [Path(name).expanduser()]
+    if len(name) > _LONGEST_NAME:
+        raise AdapterLabError(
+            f"The adapter {files.source} is for a model whose name has {len(name):,} letters (base_model_name_or_path in "
+            f"{ADAPTER_CONFIG} is {name[:60]!r}…), which can't be: {remedy}"
+        )
+    candidates = [Path(name)]
+    with contextlib.suppress(RuntimeError):  # it begins with ~ and somebody's name who is not here
+        candidates = [Path(name).expanduser()]
     if place.folder is not None:
         candidates += [files.folder.parent / name, files.folder / name]
-    folders = [folder for folder in candidates if folder.is_dir()]
-    models = [folder for folder in folders if (folder / MODEL_CONFIG).is_file()]
+    folders = [folder for folder in candidates if is_folder(folder)]
+    models = [folder for folder in folders if is_file(folder / MODEL_CONFIG)]
     folder = next(iter([*models, *folders]), None)
     try:
         base = locate(
@@ -154,11 +162,15 @@ def locate_base(place: Place, files: AdapterFiles) -> Place:
 def _read_config(path: Path, source: str) -> dict[str, Any]:
     remedy = "download or save the adapter again."
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterLabError(f"{ADAPTER_CONFIG} of {source} is not valid JSON ({error}): {remedy}") from error
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise AdapterLabError(f"The {ADAPTER_CONFIG} of {source} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(config, dict):
-        raise AdapterLabError(f"{ADAPTER_CONFIG} of {source} holds a {type(config).__name__}, not an object: {remedy}")
+        raise AdapterLabError(
+            f"The {ADAPTER_CONFIG} of {source} holds a {type(config).__name__}, not an object: {remedy}"
+        )
     if not isinstance(config.get("peft_type"), str):
-        raise AdapterLabError(f"{ADAPTER_CONFIG} of {source} has no peft_type, so it isn't a PEFT adapter's: {remedy}")
+        raise AdapterLabError(
+            f"The {ADAPTER_CONFIG} of {source} has no peft_type, so it isn't a PEFT adapter's: {remedy}"
+        )
     return config

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.pagetext import escape, table_html, without_maths
 from adapterlab.reading import adapter_tensors
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ def summary_html(status: str, frame: pd.DataFrame) -> str:
     shown["megabytes"] = [f"{value:.2f}" for value in frame["megabytes"]]
     shown["share"] = [f"{value:.2%}" for value in frame["share"]]
     shown["r"] = ["–" if missing else str(value) for value, missing in zip(frame["r"], frame["r"].isna())]
-    table = shown.to_html(index=False, escape=True) if len(frame) else "<p>No adapters yet.</p>"
-    return f"<p><b>{escape(status)}</b></p>{table}"
+    table = table_html(shown) if len(frame) else "<p>No adapters yet.</p>"
+    return without_maths(f"<p><b>{escape(status)}</b></p>{table}")
 
 
 def ranks_obstacle(mounted: Mounted) -> str | None:

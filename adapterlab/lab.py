@@ -10,16 +10,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from html import escape
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterlab.columns import BASE, Column, ColumnLike
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
-from adapterlab.guards import changes_state, exclusive
+from adapterlab.guards import Lent, Work, changes_state, exclusive, finish_left_over, put_back
 from adapterlab.looking import Looking
 from adapterlab.notices import say
+from adapterlab.pagetext import escape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from adapterlab.adapters import Adapters
     from adapterlab.preflight import Preflight
     from adapterlab.prompts import PromptLike
     from adapterlab.records import AdapterInfo
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from adapterlab.trainer import AdapterTrainer, Session
 
 _MARK = "_adapterlab"  # on the model: whose lab it is in
+_TAKE_AND_RELEASE = (methodcaller("acquire", blocking=False), methodcaller("release"))
+_CLOSED = "This lab is closed: open one again with AdapterLab(…)."
 Listener = Callable[[str], None]
 
 
@@ -70,19 +74,21 @@ class AdapterLab(Looking):
         local_files_only: bool = False,
         **model_kwargs: Any,
     ) -> None:
-        from adapterlab.adapters import Adapters
+        from adapterlab.adapters import Adapters, given_back
         from adapterlab.finished import FinishedColumns
         from adapterlab.loading import load_base
         from adapterlab.rebinding import held_by_target
         from adapterlab.reopening import SavedFolder
 
         self._closed = True  # until everything below has worked
-        self._lock = _Lock(self._tell_wait)
+        self._lock: Any = threading.RLock()
+        self._works: list[Work] = []  # calls that are at work, the innermost last
         self._stop = threading.Event()
         self._running: int | None = None  # the thread that runs a comparison
         self._training: str | None = None  # the adapter that learns now
         self._listeners: list[Listener] = []
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+        self._tracking = threading.Lock()
         self.history: list[Comparison] = []
         self._blends: tuple[Column, ...] = ()
         self.restored: pd.DataFrame | None = None
@@ -122,17 +128,18 @@ class AdapterLab(Looking):
         self._tokenizer = loaded.tokenizer
         if saved is not None and saved.saved.base.demo and base_model is None:
             self._origin = replace(loaded.origin, path=saved.saved.base.path, demo=True)
-        self._adapters = Adapters(loaded.model, self._origin.path, loaded.file_bytes)
-        loaded.model.__dict__[_MARK] = weakref.ref(self)
-        self._closed = False
-        try:
-            if saved is not None:
-                self._restore(saved)
-            elif loaded.adapter is not None:
-                self._adapters.load(loaded.adapter, None, self._tokenizer)
-        except BaseException:
-            self.close()
-            raise
+        with given_back(loaded.model, _MARK, taken=lambda: not self._closed):
+            self._adapters = Adapters(loaded.model, self._origin.path, loaded.file_bytes)
+            loaded.model.__dict__[_MARK] = weakref.ref(self)
+            self._closed = False
+            try:
+                if saved is not None:
+                    self._restore(saved)
+                elif loaded.adapter is not None:
+                    self._adapters.load(loaded.adapter, None, self._tokenizer)
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def demo(cls, *, dtype: Any = "float32", **kwargs: Any) -> AdapterLab:
@@ -177,11 +184,7 @@ class AdapterLab(Looking):
         files = resolve_adapter(
             repo_or_path, revision=revision, subfolder=subfolder, token=token, local_files_only=local_files_only
         )
-        selection, enabled = self._adapters.selection, self._adapters.enabled
-        name = self._adapters.load(files, adapter_name, self._tokenizer)
-        if not select:
-            self._adapters.select(selection)
-            self._adapters.set_enabled(enabled)
+        name = self._adapters.load(files, adapter_name, self._tokenizer, select=select)
         self._tell("adapters")
         return name
 
@@ -228,8 +231,13 @@ class AdapterLab(Looking):
     @changes_state
     def delete_adapter(self, adapter_name: str) -> int:
         """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said."""
-        freed = self._adapters.delete(adapter_name)
-        self._blends = tuple(blend for blend in self._blends if adapter_name not in blend.names)
+        blends = self._blends
+
+        def those_left() -> None:
+            self._blends = tuple(b for b in blends if all(name in self._adapters.records for name in b.names))
+
+        with put_back(those_left):
+            freed = self._adapters.delete(adapter_name)
         self._tell("adapters")
         return freed
 
@@ -352,13 +360,13 @@ class AdapterLab(Looking):
         publishing.check_repo_id(repo_id)
         publishing.check_online()
         with TemporaryDirectory(prefix="adapterlab-") as scratch:
-            with self._lock:
+            with self._turn(), Work(self):
                 self._check_open()
                 self._check_no_run()
                 name = self._adapters.known(adapter_name)
                 package = publishing.pack(self._adapters, name, self._about(), repo_id, Path(scratch))
             address = publishing.push(package, private=private, token=token, message=commit_message, revision=revision)
-        with self._lock:
+        with self._turn(), Work(self):
             if not self._closed and package.is_still(self._adapters):
                 self._adapters.note_saved(name)
                 self._tell("adapters")
@@ -394,14 +402,14 @@ class AdapterLab(Looking):
         """The Hub's adapters for this base, most downloaded first: repo_id, downloads, likes, last_modified."""
         from adapterlab.discovery import find_adapters
 
-        self._check_open()
-        return find_adapters(self._adapters.base_path, limit)
+        return find_adapters(self._seen().base_path, limit)
 
     @contextlib.contextmanager
     def using(self, column: ColumnLike) -> Iterator[PreTrainedModel]:
         """`with lab.using("a") as model: …`: the model with this column acting, selection and enabled regardless; the
         state found is restored, also after an exception. Other threads wait meanwhile."""
-        with self._lock:
+        lent = Lent()
+        with self._turn(), Work(self, lent):
             self._check_open()
             self._check_no_run()
             with self._adapters.using(column) as model:
@@ -413,28 +421,24 @@ class AdapterLab(Looking):
         from adapterlab.records import AdapterView
 
         self._check_open()
-        return AdapterView(self._adapters)
+        return AdapterView(self._seen)
 
     @property
     def active_adapters(self) -> dict[str, float]:
         """Name → multiplier of what acts on the next forward of `lab.model`; empty for base and while disabled."""
-        self._check_open()
-        return self._adapters.effective.as_dict()
+        return self._seen().effective.as_dict()
 
     @property
     def selection(self) -> Column:
-        self._check_open()
-        return self._adapters.selection
+        return self._seen().selection
 
     @property
     def enabled(self) -> bool:
-        self._check_open()
-        return self._adapters.enabled
+        return self._seen().enabled
 
     @property
     def trainable(self) -> str | None:
-        self._check_open()
-        return self._adapters.trainable
+        return self._seen().trainable
 
     # -- generate, compare, verify -----------------------------------------------------------------------------
 
@@ -484,7 +488,7 @@ class AdapterLab(Looking):
             "top_p": top_p,
             "top_k": top_k,
         }
-        with self._lock:
+        with self._turn(), Work(self):
             comparison = self._run("compare", prompt, columns, chat=chat, on_token=on_token, **sampling, **generation)
             comparison._score = _scorer(weakref.ref(self))
             self.history.append(comparison)
@@ -521,17 +525,19 @@ class AdapterLab(Looking):
                 digests=self._adapters.refresh(dict.fromkeys(name for column in wanted for name in column.names)),
                 finished=self._finished,
             )
-            self._running = threading.get_ident()
-            self._tell("running")
-            try:
+            with put_back(self._end_run):
+                self._running = threading.get_ident()
+                self._tell("running")
                 with self._watch(operation) as watched:
                     comparison = run_comparison(run)
                 ran = watched.operation if any(not g.cached for g in comparison.generations) else None
                 comparison.model["memory"] = memory_summary(self._adapters, run.digests, ran)
-                return comparison
-            finally:
-                self._running = None
-                self._tell("running")
+            return comparison
+
+    def _end_run(self) -> None:
+        if self._running is not None:
+            self._running = None
+            self._tell("running")
 
     @exclusive
     def clear_cache(self) -> None:
@@ -580,21 +586,25 @@ class AdapterLab(Looking):
 
     def is_free(self) -> bool:
         """Whether a call from this thread would begin at once: no other thread works with the lab."""
-        free = self._lock.acquire(blocking=False)
-        if free:
-            self._lock.release()
-        return free
+        try:  # one call into C: between two, Ctrl-C could leave the lock taken
+            list(map(methodcaller.__call__, _TAKE_AND_RELEASE, (self._lock, self._lock)))
+        except RuntimeError:  # it was not to be had, and could not be released
+            return False
+        return True
 
     def track(self, future: Future[Any]) -> None:
         """Let `wait()` wait for this piece of background work too."""
-        self._futures.add(future)
+        with self._tracking:
+            self._futures.add(future)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the panels' work has ended; raises nothing that the work raised, but `AdapterLabError` after
         `timeout` seconds."""
         from concurrent.futures import wait
 
-        pending = wait(list(self._futures), timeout=timeout).not_done
+        with self._tracking:
+            futures = list(self._futures)
+        pending = wait(futures, timeout=timeout).not_done
         if pending:
             raise AdapterLabError(
                 f"{len(pending)} piece(s) of work still run after {timeout} s: lab.stop() ends generation."
@@ -636,7 +646,7 @@ class AdapterLab(Looking):
         were.
         """
         keywords = {"max_steps": max_steps, "learning_rate": learning_rate, **training_arguments}
-        with self._lock:
+        with self._turn(), Work(self):
             self._check_open()
             self._adapters.check_idle()
             return self._train(adapter_name, dataset, method, eval_dataset, max_length, keywords)
@@ -658,7 +668,7 @@ class AdapterLab(Looking):
         """
         from adapterlab import training
 
-        with self._lock:
+        with self._turn(), Work(self):
             self._check_open()
             self._adapters.check_idle()
             name = self._adapters.known(adapter_name)
@@ -707,20 +717,15 @@ class AdapterLab(Looking):
         with TemporaryDirectory(prefix="adapterlab-") as scratch:
             kind = training.method_of(method) if new else adapters.info(name).method
             args = training.make_arguments(wish.arguments, lessons, adapters.model, kind, scratch)
-            if new:
-                adapters.add_unselected(method, name, args.seed, wish.config)
-            try:
-                trainer = training.make_trainer(self._session(name), lessons, args, self._tokenizer, wish.trainer)
-                run, ended = training.run_training(trainer, lessons, wish.resume)
-            except BaseException:
+            with training.told_of(adapters, name, lessons, new=new) as learning:
                 if new:
-                    adapters.delete(name)
-                raise
-        if ended is not None and not run.steps:
-            if new:
-                adapters.delete(name)
-            raise ended
-        adapters.records[name].runs.append(run)
+                    adapters.add_unselected(method, name, args.seed, wish.config)
+                learning.trainer = training.make_trainer(
+                    self._session(name), lessons, args, self._tokenizer, wish.trainer
+                )
+                run, ended = learning.run(wish.resume)
+                if ended is not None and not run.steps:
+                    raise ended
         self._tell("adapters")
         if ended is not None:
             raise training.with_what_is_kept(ended, run)
@@ -733,20 +738,17 @@ class AdapterLab(Looking):
 
         @contextlib.contextmanager
         def training() -> Iterator[PreTrainedModel]:
-            with self._lock:
+            lent = Lent()
+            with self._turn(), Work(self, lent):
                 self._check_open()
                 self._check_no_run()
                 self._adapters.check_idle()
                 self._stop.clear()
-                self._training = name
-                self._tell("running")
-                try:
+                with put_back(self._end_training):
+                    self._training = name
+                    self._tell("running")
                     with self._watch("train"), self._adapters.training(name) as model:
                         yield model
-                finally:
-                    self._training = None
-                    self._tell("running")
-                    self._tell("adapters")
 
         @contextlib.contextmanager
         def using() -> Iterator[PreTrainedModel]:
@@ -757,31 +759,42 @@ class AdapterLab(Looking):
 
         return Session(name, self._adapters, training, using, self._stop)
 
+    def _end_training(self) -> None:
+        if self._training is not None:
+            self._training = None
+            self._tell("running")
+            self._tell("adapters")
+
     # -- as a cell's result, and the panel -------------------------------------------------------------------------
 
     def status(self) -> str:
         """The lab in one line of words: name, size, dtype, memory, device, and what acts now."""
+        return self._status(self._seen_if_open())
+
+    def _status(self, adapters: Adapters | None) -> str:
         from adapterlab.inspection import base_size, dtype_label, people_bytes, people_count
 
-        if self._closed:
+        if adapters is None:
             return f"{getattr(self, 'name', 'AdapterLab')} · closed"
-        parameters, size, stored = base_size(self._adapters)
+        parameters, size, stored = base_size(adapters)
         dtype = self._quantization or dtype_label(stored)
-        if self._adapters.enabled:
-            parts = self._adapters.selection.parts
+        if adapters.enabled:
+            parts = adapters.selection.parts
             acting = "acting now: " + (" + ".join(f"{name} × {m:g}" for name, m in parts) or "base")
         else:
             acting = "adapters disabled"
-        device = self._adapters.model.device
+        device = adapters.model.device
         return f"{self.name} · {people_count(parameters)} · {dtype} · {people_bytes(size)} · {device} · {acting}"
 
     def __repr__(self) -> str:
         return f"AdapterLab({self.status()})"
 
     def _repr_html_(self) -> str:
-        from adapterlab.inspection import summary_html
+        from adapterlab.inspection import summary_frame, summary_html
 
-        return f"<p>{escape(self.status())}</p>" if self._closed else summary_html(self.status(), self.summary())
+        adapters = self._seen_if_open()
+        status = self._status(adapters)
+        return f"<p>{escape(status)}</p>" if adapters is None else summary_html(status, summary_frame(adapters))
 
     def panel(self) -> Widget:
         """The panel as a widget, to embed; each call makes a new one, all in step."""
@@ -828,8 +841,8 @@ class AdapterLab(Looking):
         from adapterlab.ties import rounding
 
         adapters, content = self._adapters, saved.saved
-        reopening.restore_adapters(adapters, content, saved.folder, self._tokenizer)
-        self.history[:] = reopening.read_history(content, saved.folder)
+        reopening.restore_adapters(adapters, saved, self._tokenizer)
+        self.history[:] = saved.history
         self._blends = tuple(Column(parts) for parts in content.blends)
         here = reopening.reference_to(adapters, self._origin)
         noise = rounding(self._quantization, computing_dtype(adapters.model))
@@ -856,8 +869,7 @@ class AdapterLab(Looking):
     @property
     def model(self) -> PreTrainedModel:
         """The plain transformers model, with what acts now mounted in it. Parameters of other adapters are not in it."""
-        self._check_open()
-        return self._adapters.model
+        return self._seen().model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -885,24 +897,28 @@ class AdapterLab(Looking):
 
         from adapterlab.freeing import forget_last_error, give_back_memory
 
-        if self._closed:
+        if "_adapters" not in self.__dict__:
             return
         self._check_no_run()
         self.stop()
-        with self._lock:
-            if self._closed:
+        with self._turn(), Work(self):
+            if "_adapters" not in self.__dict__:
                 return
             self._adapters.check_idle()
-            self._tell("closed")
-            self._closed = True
-            self._listeners.clear()
-            self._adapters.model.__dict__.pop(_MARK, None)
-            self._adapters.release()
-            self._finished.clear()
-            del self._adapters
+            with put_back(self._end):
+                self._closed = True  # from here on there is no way back
+                self._tell("closed")
         forget_last_error()
         gc.collect()
         give_back_memory()
+
+    def _end(self) -> None:
+        adapters = self.__dict__.get("_adapters")
+        if self._closed and adapters is not None:
+            self._listeners.clear()
+            adapters.release(_MARK)
+            self._finished.clear()
+            self.__dict__.pop("_adapters", None)
 
     def _about(self) -> dict[str, Any]:
         import torch
@@ -927,7 +943,7 @@ class AdapterLab(Looking):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise AdapterLabError("This lab is closed: open one again with AdapterLab(…).")
+            raise AdapterLabError(_CLOSED)
 
     def _check_no_run(self) -> None:
         if self._running == threading.get_ident():
@@ -935,41 +951,50 @@ class AdapterLab(Looking):
                 "A comparison is running, and the lab's state can't change in its on_token: do this when it has ended."
             )
 
-    def _tell_wait(self) -> None:
-        """A training can take long: say in the cell that waits for it what it waits for."""
+    def _turn(self) -> Any:
+        """The lock, for a `with`: it is written in C, and so the one thing that Ctrl-C can't cut in two.
+
+        A training can take long: says in the cell that waits for it what it waits for."""
         name = self._training
-        if name is not None and threading.current_thread() is threading.main_thread():
+        if name is not None and threading.current_thread() is threading.main_thread() and not self._lock._is_owned():
             say(
                 f"Waiting for the training of {name!r} to end; lab.stop() in another thread, or the panel's Stop, ends it."
             )
+        return self._lock
+
+    def _seen_if_open(self) -> Adapters | None:
+        """The adapters for whoever looks at them and waits for nobody: within a call as they are in the middle of it, for
+        all others as they were before it. None for a closed lab."""
+        mine = self._lock._is_owned()
+        if self._works and (mine or self.is_free()):
+            with self._lock:
+                finish_left_over(self)
+        adapters: Adapters | None = self.__dict__.get("_adapters")
+        if adapters is None or self._closed:
+            return None
+        seen = adapters if mine else adapters.seen()
+        return None if seen.model is None else seen
+
+    def _seen(self) -> Adapters:
+        adapters = self._seen_if_open()
+        if adapters is None:
+            raise AdapterLabError(_CLOSED)
+        return adapters
 
     def _tell(self, kind: str) -> None:
+        failed: list[Exception] = []
+        cut: BaseException | None = None
         for listener in list(self._listeners):
             try:
                 listener(kind)
             except Exception as error:  # a broken panel must not break the call that it watches
-                warnings.warn(f"A listener failed on {kind!r}: {type(error).__name__}: {error}", stacklevel=3)
-
-
-class _Lock:
-    """A re-entrant lock that calls `tell()` when it has to wait."""
-
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self._lock, self._tell = threading.RLock(), tell
-
-    def acquire(self, blocking: bool = True) -> bool:
-        return self._lock.acquire(blocking)
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self._tell()
-            self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+                failed.append(error)
+            except BaseException as error:  # Ctrl-C, which must not keep it from the others
+                cut = error
+        for one in failed:
+            warnings.warn(f"A listener failed on {kind!r}: {type(one).__name__}: {one}", stacklevel=3)
+        if cut is not None:
+            raise cut
 
 
 def _scorer(lab: weakref.ref[AdapterLab]) -> Callable[[Comparison], list[tuple[float, ...] | None]]:
@@ -981,12 +1006,17 @@ def _scorer(lab: weakref.ref[AdapterLab]) -> Callable[[Comparison], list[tuple[f
         alive = lab()
         if alive is None or alive._closed:
             return [None] * len(comparison.generations)
-        with alive.using(None):
-            return [
-                g.logprobs
-                if not g.asked
-                else compute_logprobs(alive._adapters.model, comparison.prompt_ids[g.prompt_index], g.token_ids)
-                for g in comparison.generations
-            ]
+        try:
+            with alive.using(None) as model:
+                return [
+                    g.logprobs
+                    if not g.asked
+                    else compute_logprobs(model, comparison.prompt_ids[g.prompt_index], g.token_ids)
+                    for g in comparison.generations
+                ]
+        except AdapterLabError:
+            if not alive._closed:
+                raise
+            return [None] * len(comparison.generations)  # it was closed while this waited for it
 
     return score

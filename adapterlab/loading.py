@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.base_files import check_base_files, check_base_size, check_loaded
 from adapterlab.errors import AdapterLabError
 from adapterlab.freeing import give_back_memory
 from adapterlab.hub import AdapterFiles, adapter_files, locate_base
@@ -141,8 +142,10 @@ def _load(
             f"{place.source} is neither a model ({MODEL_CONFIG}) nor an adapter ({ADAPTER_CONFIG}). {place.holds()}"
         )
     with explained(base):
+        check_base_files(base)
         config = _read_config(base, options)
         auto_class = _auto_class(config, base.title, bool(options.get("trust_remote_code")))
+        check_base_size(base, config, auto_class)
         if quantization_config is not None and getattr(config, "quantization_config", None):
             raise AdapterLabError(
                 f"{base.title} is quantized already, as its config says: leave quantization= and "
@@ -200,7 +203,8 @@ def _load_model(
     if place.is_adapter and place.folder is not None and _sees_adapter(target):
         target, arguments["subfolder"] = _from_above(place.folder)
     with no_conversion_requests():
-        model = auto_class.from_pretrained(target, **arguments)
+        model, info = auto_class.from_pretrained(target, **arguments, output_loading_info=True)
+        check_loaded(place.title, info, model)
     if target != place.target:
         model.name_or_path = model.config.name_or_path = place.target
     return model

@@ -5,8 +5,11 @@ Frames come from rooms of their own, and each `plot_…` draws the frame of the 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from adapterlab.finished import FinishedColumns
     from adapterlab.peaks import Operation, Watch
     from adapterlab.prompts import PromptLike
+    from adapterlab.records import AdapterInfo
 
 
 class Looking:
@@ -36,8 +40,14 @@ class Looking:
     _tokenizer: PreTrainedTokenizerBase | None
     _finished: FinishedColumns
     _last_operation: Operation | None
+    _stop: threading.Event
+    _training: str | None
 
-    def _check_open(self) -> None:
+    def _seen(self) -> Adapters:
+        raise NotImplementedError
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
         raise NotImplementedError
 
     def _watch(self, operation: str) -> AbstractContextManager[Watch]:
@@ -48,6 +58,13 @@ class Looking:
 
     def _note(self, operation: Operation) -> None:
         self._last_operation = operation
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[threading.Event]:
+        """What `lab.stop()` sets in the block, and did not before it; inside a training, Stop is for that too."""
+        if self._training is None:
+            self._stop.clear()
+        yield self._stop
 
     def _check_made_here(self, comparison: Comparison) -> None:
         if comparison.model.get("labs"):
@@ -62,8 +79,7 @@ class Looking:
         parameters), multiplier, active, trainable, status. Reads no weights and waits for nobody."""
         from adapterlab.inspection import summary_frame
 
-        self._check_open()
-        return summary_frame(self._adapters)
+        return summary_frame(self._seen())
 
     def parameters(self) -> pd.DataFrame:
         """How large base and adapters are: one row per owner, kind and dtype, the base first.
@@ -77,8 +93,7 @@ class Looking:
         """
         from adapterlab.inspection import parameters_frame
 
-        self._check_open()
-        return parameters_frame(self._adapters)
+        return parameters_frame(self._seen())
 
     def plot_parameters(self, ax: Axes | None = None) -> Figure:
         """`parameters()` as bars: base against each adapter. Draws into `ax` if given; the figure shows itself."""
@@ -110,8 +125,7 @@ class Looking:
         """
         from adapterlab.memory import memory_frame
 
-        self._check_open()
-        return memory_frame(self._adapters, self._finished, self._last_operation)
+        return memory_frame(self._seen(), self._finished, self._last_operation)
 
     def plot_memory(self, ax: Axes | None = None) -> Figure:
         """`memory()` as stacked bars, one per device. Draws into `ax` if given; the figure shows itself."""
@@ -199,9 +213,9 @@ class Looking:
         """
         from adapterlab.inspection import ranks_frame_of
 
-        self._check_open()
-        name = self._adapters.known(adapter_name)
-        return ranks_frame_of(self._adapters.mounts.adapters[name], name)
+        adapters = self._seen()
+        name = adapters.known(adapter_name)
+        return ranks_frame_of(adapters.mounts.adapters[name], name)
 
     def plot_ranks(self, adapter_name: str, ax: Axes | None = None) -> Figure:
         """`ranks(name)` as a heatmap of layers and modules, and below it the budget over the steps of its last run here.
@@ -211,7 +225,7 @@ class Looking:
         from adapterlab.plots import plot_ranks
 
         ranks = self.ranks(adapter_name)
-        runs = self._adapters.records[self._adapters.known(adapter_name)].runs
+        runs = self.adapters[adapter_name].runs
         with_budget = [run.history for run in runs if "total_rank" in run.history]
         untouched = bool((ranks["rank"] == ranks["init_r"]).all()) and not any(len(run.ranks) for run in runs)
         note = f"Allocation never ran: every rank is init_r = {ranks['init_r'].max()}." if untouched else ""
@@ -290,7 +304,7 @@ class Looking:
         One row per column and token: column, prompt_index, position, token, token_id, logprob and base_logprob (of the
         token, in nats), kl (KL(column‖base) over the whole vocabulary, in nats, before that token), rank and base_rank (of
         the token, 1 for the most likely one). The first token of a text without anything before it has no row. Changes
-        nothing; hooks and dropout as in `compare`.
+        nothing; hooks and dropout as in `compare`. `lab.stop()` ends it with an `AdapterLabError`: half a text is no result.
         """
         from adapterlab.comparison import Comparison
         from adapterlab.divergence import divergence_frame
@@ -298,8 +312,8 @@ class Looking:
         if isinstance(text, Comparison):
             self._check_made_here(text)
 
-        with self._watch("divergence"):
-            return divergence_frame(self._adapters, self._tokenizer, text, columns, prompt, chat)
+        with self._stoppable() as stop, self._watch("divergence"):
+            return divergence_frame(self._adapters, self._tokenizer, text, columns, prompt, chat, stop)
 
     def plot_divergence(
         self, text: str | Comparison, columns: Sequence[ColumnLike] | None = None, **keywords: Any
@@ -327,13 +341,14 @@ class Looking:
         Columns: column, texts, tokens, nll (mean negative log-likelihood per token, in nats), perplexity (its exp),
         perplexity_low and perplexity_high (the `confidence` interval by a bootstrap over texts, with `seed`), and
         delta_nll, delta_low, delta_high: nll minus base's on the same texts, with its paired interval (0 for base; missing
-        where base is not among the columns). Changes nothing.
+        where base is not among the columns). Changes nothing. `lab.stop()` ends it with an `AdapterLabError`: a perplexity
+        of some of the texts would look like that of all.
         """
         from adapterlab.divergence import evaluate_frame
 
-        with self._watch("evaluate"):
+        with self._stoppable() as stop, self._watch("evaluate"):
             return evaluate_frame(
-                self._adapters, self._tokenizer, texts_or_dataset, columns, max_length, confidence, seed
+                self._adapters, self._tokenizer, texts_or_dataset, columns, max_length, confidence, seed, stop
             )
 
     def capabilities(self) -> pd.DataFrame:
@@ -347,8 +362,22 @@ class Looking:
         """
         from adapterlab.capabilities import capabilities_frame
 
-        self._check_open()
-        return capabilities_frame(self._adapters)
+        return capabilities_frame(self._seen())
+
+    def _drawing(self, method: str, *arguments: Any) -> Callable[[], Figure]:
+        """What draws the picture of a `plot_…` method, its numbers read by now: whoever draws for a page holds matplotlib's
+        settings for all threads, and must not wait for the lab meanwhile."""
+        from adapterlab import plots
+
+        waits: dict[str, tuple[Callable[..., pd.DataFrame], Callable[..., Any]]] = {
+            "plot_delta_norms": (self.delta_norms, plots.plot_delta_norms),
+            "plot_subspace_overlap": (self.subspace_overlap, plots.plot_overlap),
+        }
+        if method not in waits:
+            return functools.partial(getattr(self, method), *arguments)
+        read, draw = waits[method]
+        frame = read(*arguments)
+        return lambda: _figure(draw(frame))
 
 
 def _figure(axes: Any) -> Figure:

@@ -3,7 +3,8 @@
 PEFT injects each adapter alone into the bare base. The layers it made are harvested (path → module) and the base's
 own modules put back, so afterwards switching is swapping `parent._modules[child]`. While one adapter is mounted,
 `model.peft_config` is set: the model then *is* a native single-adapter transformers model. An unmounted adapter is
-outside `model.parameters()`: it takes the model's mode when it is mounted, and its device and dtype stay its own.
+outside `model.parameters()`: when it is mounted it takes the modes of the modules that it stands in for, and its device
+and dtype stay its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.columns import Column
 from adapterlab.errors import AdapterLabError
 from adapterlab.guards import put_back
+from adapterlab.patterns import check_patterns
 from adapterlab.quantization import keep_8bit_scales, keep_quantized_dtype
 
 if TYPE_CHECKING:
@@ -149,12 +151,11 @@ class Mounts:
             if path not in placed:
                 site = self.sites[path]
                 site.parent._modules[site.child] = site.original
-        training = self.model.training
         for path, layer in placed.items():
             site = self.sites[path]
             site.parent._modules[site.child] = layer
-            if layer.training != training:
-                layer.train(training)
+            if layer.training != site.original.training:
+                _follow_mode(layer, site.original)
         self.column, self._placed = column, placed
         self._announce(column.single)
 
@@ -253,7 +254,8 @@ class Mounts:
         with put_back(lambda: self.mount(column)):
             self.mount(Column())
             children = {module: dict(module._modules) for module in model.modules()}
-            parameters = [(module, dict(module._parameters)) for module in children]  # PEFT exchanges 8-bit ones for DoRA
+            # PEFT exchanges 8-bit ones for DoRA
+            parameters = [(module, dict(module._parameters)) for module in children]
             flags = [(p, p.requires_grad) for p in model.parameters()]
             modes = [(module, module.training) for module in children]
 
@@ -294,6 +296,14 @@ class Mounts:
         return Mounted(layers, model.peft_config[name], list(dict.fromkeys(trainable)))
 
 
+def _follow_mode(layer: nn.Module, original: nn.Module) -> None:
+    """Give an adapter's layer the mode of the module that it stands in for, whose own modules keep theirs."""
+    base = set(original.modules())
+    for module in layer.modules():
+        if module not in base:
+            module.training = original.training
+
+
 def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) -> Any:
     """PEFT's tuner around `model`, its layers injected in place; `empty` leaves their weights on the meta device.
 
@@ -302,6 +312,7 @@ def inject(config: PeftConfig, model: Any, name: str, *, empty: bool = False) ->
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    check_patterns(config, model, name)
     config = copy.deepcopy(config)
     config.inference_mode = False
     apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+from adapterlab.errors import printable
+
 
 class AdapterLabWarning(UserWarning):
     """Something is not as the lab left it, or not as one would think; the lab goes on."""
@@ -11,9 +13,9 @@ class AdapterLabWarning(UserWarning):
 
 def say(text: str) -> None:
     """Tell the user about a choice the lab made for them."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Warn at the caller of the lab's public method."""
-    warnings.warn(text, AdapterLabWarning, stacklevel=4)
+    warnings.warn(printable(text), AdapterLabWarning, stacklevel=4)

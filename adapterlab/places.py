@@ -139,13 +139,13 @@ def locate(
         raise AdapterLabError(f"{str(model)!r} can't be read as a path: {error}") from error
     if not typed.strip():
         raise AdapterLabError("The name of the model is empty: give a Hub id such as 'facebook/opt-350m', or a folder.")
-    if path.is_dir():
+    if is_folder(path):
         if revision is not None:
             raise AdapterLabError(
                 f"{typed} is a local folder, and revision={revision!r} belongs to the Hub: leave it out."
             )
         return _local_place(typed, path.resolve(), subfolder or "")
-    if path.is_file():
+    if is_file(path):
         raise AdapterLabError(f"{typed} is a file: give the folder it is in, {str(path.parent)!r}.")
     if url := re.match(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", typed):
         raise AdapterLabError(f"{typed} is an address: give the Hub id alone, {url[1]!r}.")
@@ -161,6 +161,22 @@ def locate(
         local_files_only=local_files_only,
     )
     return _hub_place(asked, tell)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name; also for names that none can have."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long for this system, or with a NUL in it
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is an ordinary file of this name; also for names that none can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def portable_name(name_or_path: str) -> str:
@@ -306,7 +322,7 @@ def _explanation(error: Exception, place: Place) -> str:
     if "out of memory" in str(error).lower() or any_is(MemoryError):
         return f"{place.source} does not fit into memory: try quantization='8bit' or '4bit', or a smaller model."
     first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{place.source} could not be loaded: {type(error).__name__}: {first_line}"
+    return f"{place.source} could not be loaded: {type(error).__name__}: {first_line[:600]}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

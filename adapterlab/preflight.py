@@ -5,15 +5,17 @@ The verdict is a `Preflight`; what is compared stands in checks.py. Here are the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from html import escape
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.errors import AdapterLabError
+from adapterlab.config_values import wrong_values
+from adapterlab.errors import AdapterLabError, printable
 from adapterlab.methods import check_config, method_label
-from adapterlab.mounts import MAGNITUDE, PREFIX, adapter_state, inject, skeleton, unwrap
+from adapterlab.mounts import PREFIX, adapter_state, inject, skeleton, unwrap
+from adapterlab.pagetext import escape, table_html, without_maths
 from adapterlab.quantization import base_module, packed_as, packed_objection, packed_obstacle
+from adapterlab.weights import header_shapes as header_shapes
+from adapterlab.weights import read_weights as read_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("check", "item", "found", "expected", "problem")
 _SHOWN = 40  # rows of the table before the rest is only counted
+_LONGEST = 300  # letters of a cell: a stranger's file may hold names of any length
+_LONGEST = 1000  # letters of a sentence: what stands in a file may be of any length
+_MOST_TOLD = 4000  # letters of all sentences in one error
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,22 @@ class Preflight:
         """One row per mismatch: check, item, found, expected (texts), problem (whether it forbids loading)."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(mismatch) for mismatch in self.mismatches], columns=list(_COLUMNS))
+        rows = [(each.check, each.item, each.found, each.expected, each.problem) for each in self.mismatches]
+        return pd.DataFrame(rows, columns=list(_COLUMNS))
 
     def raise_for_problems(self) -> None:
         """Raise one `AdapterLabError` that lists all problems, if there are any."""
         if self.problems:
             kind = any(each.problem and each.check in ("method", "option") for each in self.mismatches)
             what = "can't be used in the lab" if kind else "does not fit this model"
-            raise AdapterLabError(f"{self.source!r} {what}: " + " Also, ".join(self.problems))
+            raise AdapterLabError(f"{self.source!r} {what}: " + _joined(self.problems))
 
     def tell(self, text: str, mismatches: list[tuple[str, str, Any, Any]], *, problem: bool) -> None:
         """Add a sentence, and (check, item, found, expected) of each thing it is about."""
-        (self.problems if problem else self.notes).append(text)
+        (self.problems if problem else self.notes).append(shown(text, _LONGEST))
         self.mismatches += [
-            Mismatch(check, item, str(found), str(expected), problem) for check, item, found, expected in mismatches
+            Mismatch(check, shown(item), shown(found), shown(expected), problem)
+            for check, item, found, expected in mismatches
         ]
 
     def details(self) -> str:
@@ -102,9 +109,27 @@ class Preflight:
         if self.mismatches:
             frame = self.to_frame()
             more = f"<p>and {len(frame) - _SHOWN} more, in to_frame()</p>" if len(frame) > _SHOWN else ""
-            rows = frame.head(_SHOWN).to_html(index=False, escape=True)
+            rows = table_html(frame.head(_SHOWN), longest=_LONGEST)
             table = f"<details><summary>{len(frame)} mismatches</summary>{rows}{more}</details>"
-        return f"<p><b>{escape(self.verdict)}</b></p>" + (f"<ul>{said}</ul>" if said else "") + table
+        return without_maths(f"<p><b>{escape(self.verdict)}</b></p>" + (f"<ul>{said}</ul>" if said else "") + table)
+
+
+def shown(value: Any, most: int = 300) -> str:
+    """What a file says, as text to be read: not too long, and without letters that act on the text around it."""
+    text = str(value)
+    if len(text) <= most and text.isprintable() and text.isascii():
+        return text
+    return printable(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
+def _joined(problems: list[str]) -> str:
+    """As many of them as an error can hold that somebody reads, and how many more there are."""
+    said = problems[0]
+    for place, problem in enumerate(problems[1:], 1):
+        if len(said) + len(problem) > _MOST_TOLD:
+            return f"{said} And {len(problems) - place} more: lab.check_adapter(…) tells all."
+        said += f" Also, {problem}"
+    return said
 
 
 def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
@@ -115,6 +140,10 @@ def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     check_config(raw, source)
+    wrong = wrong_values(raw)
+    if wrong:
+        listed = "; ".join(f"{field}={shown(repr(raw[field]), 80)} ({why})" for field, why in wrong.items())
+        raise AdapterLabError(f"{source!r}: its adapter_config.json has values that PEFT does not take: {listed}.")
     try:
         return make_known_config(raw)
     except Exception as error:  # a config's own checks raise whatever its values provoke
@@ -134,50 +163,6 @@ def make_known_config(raw: dict[str, Any]) -> PeftConfig:
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]].from_peft_type(**known)
     config.inference_mode = True
     return config
-
-
-def header_shapes(weights_file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape by key in an adapter's weights file (keys without PEFT's prefix), reading no tensor of a safetensors file."""
-    try:
-        if weights_file.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(str(weights_file), framework="pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            return _unprefixed(shapes, weights_file)
-        return {key: tuple(tensor.shape) for key, tensor in read_weights(weights_file).items()}
-    except AdapterLabError:
-        raise
-    except Exception as error:  # safetensors raises its own types, by version
-        raise AdapterLabError(f"{str(weights_file)!r} can't be read as adapter weights: {error}") from error
-
-
-def read_weights(weights_file: Path) -> dict[str, Any]:
-    """The tensors of an adapter's file on the CPU, keys without PEFT's prefix. A `.bin` is unpickled as weights only."""
-    import torch
-
-    try:
-        if weights_file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(str(weights_file))
-        else:
-            state = torch.load(weights_file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its format's reader raises
-        raise AdapterLabError(f"{str(weights_file)!r} can't be read as adapter weights: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise AdapterLabError(f"{str(weights_file)!r} holds no plain mapping of names to tensors.")
-    return _unprefixed(state, weights_file)
-
-
-def _unprefixed(state: dict[str, Any], weights_file: Path) -> dict[str, Any]:
-    # DoRA's magnitudes, as the lab saves them so that transformers finds them too (storage.py)
-    plain = {key.removeprefix(PREFIX).replace(f"{MAGNITUDE}.weight", MAGNITUDE): value for key, value in state.items()}
-    if len(plain) != len(state):
-        raise AdapterLabError(
-            f"{str(weights_file)!r} holds tensors twice, with and without {PREFIX!r} or '.weight': which are meant?"
-        )
-    return plain
 
 
 def expected_shapes(model: nn.Module, config: PeftConfig, name: str) -> dict[str, tuple[int, ...]]:

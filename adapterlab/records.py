@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -76,19 +76,31 @@ class Record:
 class AdapterView(Mapping[str, AdapterInfo]):
     """`lab.adapters`: read-only, with the names for tab completion. An unknown name says which there are."""
 
-    def __init__(self, adapters: Adapters) -> None:
-        self._adapters = adapters
+    def __init__(self, seen: Callable[[], Adapters]) -> None:
+        self._seen = seen  # the adapters as they are whenever it is asked
 
     def __getitem__(self, name: str) -> AdapterInfo:
-        if not isinstance(name, str) or name not in self._adapters.records:
-            raise UnknownAdapterError(name, list(self._adapters.records))
-        return self._adapters.info(name)
+        adapters = self._seen()
+        if not isinstance(name, str) or name not in adapters.records:
+            raise UnknownAdapterError(name, list(adapters.records))
+        return adapters.info(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters.records)
+        return iter(list(self._seen().records))
 
     def __len__(self) -> int:
-        return len(self._adapters.records)
+        return len(self._seen().records)
+
+    def items(self) -> ItemsView[str, AdapterInfo]:
+        return ItemsView(self._now())
+
+    def values(self) -> ValuesView[AdapterInfo]:
+        return ValuesView(self._now())
+
+    def _now(self) -> AdapterView:
+        """Those of one moment: somebody may delete one before its turn comes."""
+        adapters = self._seen()
+        return AdapterView(lambda: adapters)
 
     def __repr__(self) -> str:
         return f"adapters({', '.join(self) or 'none yet'})"

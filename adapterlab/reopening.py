@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterlab.adapters import Adapters
+    from adapterlab.hub import AdapterFiles
     from adapterlab.loading import Origin
 
 _TEXT = "The captain asked the clerk where the sea ends, and the answer came in three words."
@@ -145,22 +146,46 @@ def _saved_adapter(adapters: Adapters, name: str) -> SavedAdapter:
 
 @dataclass(frozen=True)
 class SavedFolder:
-    """A saved lab that is being opened."""
+    """A saved lab that is being opened: all of it but tensors, read and found right."""
 
     folder: Path
     saved: SavedLab
+    adapters: Mapping[str, AdapterFiles]
+    runs: Mapping[str, list[TrainingRun]]
+    history: list[Comparison]
 
     @classmethod
     def find(cls, model: Any, base_model: Any = None) -> SavedFolder | None:
         """The saved lab in the folder `model`, None if it is no such folder. `base_model` belongs to saved labs only."""
         if isinstance(model, (str, os.PathLike)) and labfiles.is_saved_lab(model):
-            folder = Path(model).expanduser().resolve()
-            return cls(folder, labfiles.read_manifest(folder))
+            return cls.read(Path(model).expanduser().resolve())
         if base_model is not None:
             raise AdapterLabError(
                 f"base_model= is for a saved lab, and {str(model)[:200]!r} is none: give the model as the first argument."
             )
         return None
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedFolder:
+        """Raises `AdapterLabError` for the first thing in the folder that is missing or wrong."""
+        from adapterlab.hub import resolve_adapter
+
+        saved = labfiles.read_manifest(folder)
+        if len(saved.columns) > len(saved.adapters) + len(saved.blends) + 2:  # base and the selection
+            raise AdapterLabError(
+                f"{str(folder / labfiles.MANIFEST)!r} is damaged: it names {len(saved.columns):,} columns, more than this lab "
+                "can have. Save the lab again, or undo the edit."
+            )
+        logits = folder / labfiles.LOGITS
+        if not logits.is_file():
+            raise AdapterLabError(f"{str(logits)!r} is missing: the saved lab is not whole. Copy its folder again.")
+        return cls(
+            folder=folder,
+            saved=saved,
+            adapters={one.name: resolve_adapter(labfiles.adapter_folder(folder, one.name)) for one in saved.adapters},
+            runs={one.name: [_read_run(folder, one.name, n) for n in range(one.runs)] for one in saved.adapters},
+            history=[Comparison.from_json(labfiles.comparison_file(folder, n)) for n in range(saved.history)],
+        )
 
     def load_options(self, base_model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         """What to call `load_base` with: what the user gave, and for the rest what the saved base was loaded with."""
@@ -194,7 +219,7 @@ def base_to_load(saved: SavedLab, folder: Path) -> str | Path:
             f"The base of the saved lab {str(folder)!r} ({saved.name}) was a model in hand, which no file holds: load it "
             f"as you did then, and open AdapterLab({str(folder)!r}, base_model=model)."
         )
-    beside = (folder / base.beside).resolve() if base.beside else None
+    beside = Path(os.path.realpath(folder / base.beside)) if base.beside else None  # which a loop of links lets be
     if beside is None:
         return base.path
     try:
@@ -230,16 +255,14 @@ def reference_to(adapters: Adapters, origin: Origin, folder: Any = None) -> Base
     )
 
 
-def restore_adapters(adapters: Adapters, saved: SavedLab, folder: Path, tokenizer: Any) -> None:
+def restore_adapters(adapters: Adapters, lab: SavedFolder, tokenizer: Any) -> None:
     """Hang the saved adapters on the base, and set the state as it was."""
-    from adapterlab.hub import resolve_adapter
-
-    for one in saved.adapters:
-        adapters.restore(resolve_adapter(labfiles.adapter_folder(folder, one.name)), one, tokenizer)
-        adapters.records[one.name].runs.extend(_read_run(folder, one.name, number) for number in range(one.runs))
-    adapters.set_trainable(saved.trainable)
-    adapters.select(Column(saved.selection))
-    adapters.set_enabled(saved.enabled)
+    for one in lab.saved.adapters:
+        adapters.restore(lab.adapters[one.name], one, tokenizer)
+        adapters.records[one.name].runs.extend(lab.runs[one.name])
+    adapters.set_trainable(lab.saved.trainable)
+    adapters.select(Column(lab.saved.selection))
+    adapters.set_enabled(lab.saved.enabled)
 
 
 def _read_run(folder: Path, name: str, number: int) -> TrainingRun:
@@ -251,10 +274,6 @@ def _read_run(folder: Path, name: str, number: int) -> TrainingRun:
         raise AdapterLabError(
             f"{str(path)!r} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}."
         ) from error
-
-
-def read_history(saved: SavedLab, folder: Path) -> list[Comparison]:
-    return [Comparison.from_json(labfiles.comparison_file(folder, number)) for number in range(saved.history)]
 
 
 # -- is it the same? ---------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ what came before, and each piece's logits are turned into a few numbers per toke
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
+from adapterlab.errors import StoppedError
 from adapterlab.fingerprints import base_digest
 from adapterlab.generation import cache_bytes, decoder_start, eval_mode, free_memory, input_device
 from adapterlab.peaks import cache_tensors, note
@@ -63,11 +65,13 @@ class Score:
 Scores = dict[tuple[Column, int], Score]
 
 
-def score_passages(adapters: Adapters, columns: Sequence[Column], passages: Sequence[Passage], *, kl: bool) -> Scores:
+def score_passages(
+    adapters: Adapters, columns: Sequence[Column], passages: Sequence[Passage], *, kl: bool, stop: threading.Event
+) -> Scores:
     """Every passage under every column, by (column, index of the passage). With `kl`, base must be the first column.
 
     Columns that can be rows of a batch share it with all passages that fit beside one another; the others run in turn.
-    The lab's state and the model's modes are afterwards as before.
+    The lab's state and the model's modes are afterwards as before. `stop` ends it with a `StoppedError`, between two pieces.
     """
     import torch
 
@@ -78,7 +82,7 @@ def score_passages(adapters: Adapters, columns: Sequence[Column], passages: Sequ
         with adapters.using(None) as model:
             base = base_digest(model)
         for group in _batches(adapters, columns, passages):
-            batch = _Batch(adapters, [passages[i] for i in group], base, digests)
+            batch = _Batch(adapters, [passages[i] for i in group], base, digests, stop)
             try:
                 found = batch.score(columns, kl, together=True)
             except RowsError:
@@ -105,10 +109,17 @@ def _batches(adapters: Adapters, columns: Sequence[Column], passages: Sequence[P
 class _Batch:
     """Some passages, padded at the right: what comes after a token never acts on it."""
 
-    def __init__(self, adapters: Adapters, passages: list[Passage], base: str, digests: dict[str, str]) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        passages: list[Passage],
+        base: str,
+        digests: dict[str, str],
+        stop: threading.Event,
+    ) -> None:
         import torch
 
-        self.adapters, self.passages, self.base, self.digests = adapters, passages, base, digests
+        self.adapters, self.passages, self.base, self.digests, self.stop = adapters, passages, base, digests, stop
         self.width = max(len(passage.ids) for passage in passages)
         device = input_device(adapters.model)
         pad = adapters.model.generation_config.pad_token_id or 0
@@ -131,6 +142,8 @@ class _Batch:
             places = torch.tensor([p for _, p in wanted], device=self.ids.device, dtype=torch.long)
             targets, base = self.ids[rows, places], None
             for lane in lanes:
+                if self.stop.is_set():
+                    raise StoppedError("Stopped before all was read, and a part of it is no result: run it again.")
                 logits = lane.read(start, end)
                 for place, column in enumerate(lane.columns):
                     if not wanted:

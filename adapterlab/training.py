@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
+from adapterlab.guards import put_back
 from adapterlab.notices import say
 from adapterlab.training_data import TrainingData, make_collator, read_training_data
 
@@ -251,19 +253,55 @@ def make_trainer(
         )
 
 
-def run_training(trainer: AdapterTrainer, lessons: Lessons, resume: Any) -> tuple[TrainingRun, BaseException | None]:
-    """Train and tell: the run, and the exception that ended it, if one did. Stop is no exception."""
-    ended: BaseException | None = None
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except BaseException as error:
-        ended = error
-    interrupted = isinstance(ended, KeyboardInterrupt)
-    run = _told(trainer, lessons)
-    run.stopped_early = run.steps < run.total_steps and (ended is None or interrupted)
-    if ended is not None and not interrupted:
-        run.error = f"{type(ended).__name__}: {ended}" if not isinstance(ended, AdapterLabError) else str(ended)
-    return run, None if interrupted and run.steps else ended
+class Learning:
+    """A training of one adapter, and what is told of it."""
+
+    def __init__(self, adapters: Adapters, name: str, lessons: Lessons, *, new: bool) -> None:
+        self.adapters, self.name, self.lessons, self.new = adapters, name, lessons, new
+        self.trainer: AdapterTrainer | None = None
+        self._told: TrainingRun | None = None
+        self._ended: BaseException | None = None
+
+    def run(self, resume: Any) -> tuple[TrainingRun, BaseException | None]:
+        """Train and tell: the run, and the exception that ended it, if one did. Stop is no exception."""
+        assert self.trainer is not None  # it is made before
+        try:
+            self.trainer.train(resume_from_checkpoint=resume)
+        except BaseException as error:
+            self._ended = error
+        run = self._tell()
+        return run, None if run.steps and isinstance(self._ended, KeyboardInterrupt) else self._ended
+
+    def _tell(self) -> TrainingRun:
+        assert self.trainer is not None
+        ended = self._ended
+        interrupted = isinstance(ended, KeyboardInterrupt)
+        run = _told(self.trainer, self.lessons)
+        run.stopped_early = run.steps < run.total_steps and (ended is None or interrupted)
+        if ended is not None and not interrupted:
+            run.error = f"{type(ended).__name__}: {ended}" if not isinstance(ended, AdapterLabError) else str(ended)
+        self._told = run
+        return run
+
+    def settle(self) -> None:
+        """Whatever ended it, every step that was taken is in a run; a new adapter that has learned nothing goes again."""
+        record = self.adapters.records.get(self.name)
+        if record is None:
+            return
+        if self.trainer is not None and self.trainer.state.global_step:
+            run = self._told or self._tell()
+            if not any(known is run for known in record.runs):
+                record.runs.append(run)
+        elif self.new and not any(known is self._told for known in record.runs):
+            self.adapters.delete(self.name)
+
+
+@contextlib.contextmanager
+def told_of(adapters: Adapters, name: str, lessons: Lessons, *, new: bool) -> Iterator[Learning]:
+    """In the block an adapter learns, a `new` one is added first; afterwards the lab knows what came of it."""
+    learning = Learning(adapters, name, lessons, new=new)
+    with put_back(learning.settle):
+        yield learning
 
 
 def _told(trainer: AdapterTrainer, lessons: Lessons) -> TrainingRun:

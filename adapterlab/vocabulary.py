@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adapterlab.strangers import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 MOST_BYTES = 64_000_000  # the largest tokenizer.json in use has some 35 million
+MOST_TOKENS = 1 << 31  # ids are 32 bits wide in every tokenizer there is
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -41,7 +43,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         key: token for key, token in _dict(config.get("added_tokens_decoder")).items() if isinstance(token, dict)
     }
     ids = [*_ids(_dict(whole.get("model")).get("vocab")), *_ids(found.get("added_tokens.json"))]
-    ids += [token.get("id") for token in added] + [int(key) for key in decoder if key.isdecimal()]
+    ids += [token.get("id") for token in added] + [int(key) for key in decoder if key.isdecimal() and len(key) < 10]
     special = [token.get("content") for token in (*added, *decoder.values()) if token.get("special") is True]
     roles: dict[str, str] = {}
     for source in (found.get("special_tokens_map.json", {}), config):
@@ -49,16 +51,14 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         for field in ("additional_special_tokens", "extra_special_tokens"):
             special += [_text(token) for token in _list(source.get(field))]
     texts = [text for text in (*special, *roles.values()) if isinstance(text, str) and text]
-    known = [number for number in ids if isinstance(number, int) and not isinstance(number, bool)]
+    known = [number for number in ids if type(number) is int and 0 <= number < MOST_TOKENS]
     return Vocabulary(max(known, default=-1) + 1, tuple(dict.fromkeys(texts)), roles, tuple(unread))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES / 1e6:.0f} MB")
-    return _dict(json.loads(path.read_text(encoding="utf-8")))
+    return _dict(read_json(path, MOST_BYTES))
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -233,3 +233,16 @@ def test_a_peft_model_in_hand(adapter_folders: dict[str, Path], plain_logits: An
     lab.close()
     with torch.no_grad():
         assert torch.allclose(peft_model(ids).logits, plain_logits("pirate"), **CLOSE)
+
+
+def test_mounting_leaves_the_modes_of_the_base_alone(full_lab: AdapterLab) -> None:
+    """It gave the layers' insides the mode of the whole model, the base's own modules included."""
+    model = full_lab.model
+    model.model.layers[0].train()
+    modes = {path: module.training for path, module in model.named_modules()}
+    for column in ("pirate", {"wide": 0.5, "poet": 1.0}, "dora", None):
+        full_lab.set_adapter(column)
+        for path, layer in full_lab._adapters.mounts.sites.items():
+            standing = layer.parent._modules[layer.child]
+            assert {module.training for module in standing.modules()} == {".layers.0." in f".{path}"}
+    assert {path: module.training for path, module in model.named_modules()} == modes

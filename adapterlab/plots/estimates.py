@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.plots.bars import HIGH, finish_bars, key, paint
+from adapterlab.plots.glyphs import drawable, families_for, plain, wrapped
 from adapterlab.plots.style import BASE_COLOUR, MORE_COLOURS, USUAL_TEXT, make_figure, people_bytes, readable_on
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def plot_estimate(frame: pd.DataFrame, ax: Axes | None) -> Axes:
     segments = _draw_segments(ax, frame, cases, colours, sources == "computed")
     keys = [key((0, 0), (1, 1), **paint(colour, 1, False)) for colour in colours.values()]
     look: dict[str, Any] = {"frameon": False, "fontsize": USUAL_TEXT, "borderaxespad": 0.2}
-    ax.legend(keys, list(colours), loc="lower left", bbox_to_anchor=(0, 1), ncols=min(len(keys), 4), **look)
+    names = [wrapped(kind, lines=1) for kind in colours]
+    families = families_for(names)
+    labels = [drawable(name, families) for name in names]
+    legend = ax.legend(keys, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(len(keys), 4), **look)
+    for text in legend.get_texts():
+        text.set(**plain(families))
     ax.set_xlabel("memory, computed" if set(sources) == {"computed"} else "memory")
     finish_bars(ax, cases, totals, [people_bytes(total) for total in totals])
     _write_segments(ax, segments)

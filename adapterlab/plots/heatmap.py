@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.plots.glyphs import drawable, families_for, plain, visible
+from adapterlab.plots.glyphs import drawable, families_for, plain, wrapped
 from adapterlab.plots.style import CELL_COLOURS, SMALLEST_TEXT, USUAL_TEXT, readable_on
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def label_sides(ax: Axes, table: Table, sums: Any = None) -> None:
     size = min(0.8 * high * rows.step, USUAL_TEXT)
     names, places = ["–" if layer is None else str(layer) for layer in table.layers], [row + 0.5 for row in rows]
     ax.set_yticks(places, [names[row] for row in rows], fontsize=size)
-    below = [visible(module).replace(".", ".\n") for module in table.modules]
+    below = [".\n".join(wrapped(part, 16) for part in module.split(".")) for module in table.modules]
     sides = [ax]
     if sums is not None:
         beside = ax.secondary_yaxis("right")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.errors import AdapterLabError
 from adapterlab.plots.bars import HIGH, finish_bars, key, paint
 from adapterlab.plots.estimates import plot_estimate
-from adapterlab.plots.glyphs import drawable, families_for, plain, visible, wrapped
+from adapterlab.plots.glyphs import drawable, families_for, plain, wrapped
 from adapterlab.plots.style import (
     USUAL_TEXT,
     check_columns,
@@ -159,8 +159,8 @@ def _columns(parts: Sequence[_Part]) -> list[list[str]]:
     """The table's words, column by column: owner, kind, device, bytes, and how they are known."""
     return [
         [wrapped(part.owner, _LONGEST, 1) for part in parts],
-        [visible(part.kind) for part in parts],
-        [part.device for part in parts],
+        [wrapped(part.kind, _LONGEST, 1) for part in parts],
+        [wrapped(part.device, lines=1) for part in parts],
         [people_bytes(part.size) for part in parts],
         ["computed" if part.computed else "measured" for part in parts],
     ]
@@ -191,7 +191,7 @@ def _draw_table(ax: Axes, parts: Sequence[_Part], columns: list[list[str]]) -> N
 
 def _legend_beside(ax: Axes, parts: Sequence[_Part]) -> None:
     keys = [key((0, 0), (1, 1), **paint(*part.look)) for part in parts]
-    words = [f"{people_bytes(part.size)}  {wrapped(part.owner, _LONGEST, 1)} · {visible(part.kind)}" for part in parts]
+    words = [f"{people_bytes(part.size)}  {owner} · {kind}" for part, owner, kind in zip(parts, *_columns(parts)[:2])]
     families = families_for(words)
     look: dict[str, Any] = {"frameon": False, "fontsize": USUAL_TEXT - 1, "loc": "upper left"}
     legend = ax.legend(keys, [drawable(text, families) for text in words], bbox_to_anchor=(1.02, 1), **look)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.plots.glyphs import drawable, families_for, plain, visible
+from adapterlab.plots.glyphs import drawable, families_for, plain, wrapped
 from adapterlab.plots.heatmap import Table, cell_points, draw_cells, label_sides, mark_zeros, tabulate, write_cells
 from adapterlab.plots.style import (
     ADAPTER_COLOURS,
@@ -209,7 +209,7 @@ def _draw_scales(ax: Axes, frame: pd.DataFrame, table: Table) -> None:
     """A line from the smallest to the largest scale of each layer, a dot on the mean; modules in colours."""
     colours = (*ADAPTER_COLOURS, *MORE_COLOURS)
     places = {layer: row for row, layer in enumerate(table.layers)}
-    families = families_for(map(visible, table.modules))
+    families = families_for(wrapped(module, lines=1) for module in table.modules)
     lanes = len(table.modules)
     for lane, module in enumerate(table.modules):
         rows = frame[(frame["module"].map(str) == module) & frame["scale_mean"].notna()]
@@ -220,7 +220,7 @@ def _draw_scales(ax: Axes, frame: pd.DataFrame, table: Table) -> None:
         look: dict[str, Any] = {"color": colours[lane % len(colours)]}
         ax.hlines(ys, rows["scale_min"], rows["scale_max"], linewidth=1.6, **look)
         ax.plot(rows["scale_mean"], ys, linestyle="none", marker="os^Dv"[lane % 5], markersize=3.5,
-                label=drawable(visible(module), families), **look)  # fmt: skip
+                label=drawable(wrapped(module, lines=1), families), **look)  # fmt: skip
     ax.axvline(1, color=text_colour(), linewidth=0.8, linestyle=":")
     ax.margins(x=0.08)
     ax.set_xlabel("scales, from least to largest\n(1 changes nothing)")

@@ -128,7 +128,8 @@ def _bytes(rows: pd.DataFrame) -> str:
         dtypes: list[str] = []
         if "dtype" in rows.columns:
             dtypes = list(rows.groupby("dtype", sort=False)["bytes"].sum().sort_values(ascending=False).index)
-        kinds = f" ({', '.join(map(str, dtypes[:2]))}{', …' if len(dtypes) > 2 else ''})" if dtypes else ""
+        named = [wrapped(str(dtype), lines=1) for dtype in dtypes[:2]]
+        kinds = f" ({', '.join(named)}{', …' if len(dtypes) > 2 else ''})" if dtypes else ""
         parts.append(f"{people_bytes(rows['bytes'].sum())} in memory{kinds}")
     if "bytes_on_disk" in rows.columns and rows["bytes_on_disk"].notna().any():
         parts.append(f"{people_bytes(rows['bytes_on_disk'].sum())} on disk")
@@ -147,14 +148,16 @@ def _draw(ax: Axes, bar: _Bar, low: float) -> Any:
         }
     ax.barh(bar.place, end, height=bar.height, **look)
     size = USUAL_TEXT if bar.height == _BAR else USUAL_TEXT - 1
+    families = families_for([bar.text])
     beside = ax.annotate(
-        bar.text,
+        drawable(bar.text, families),
         (end, bar.place),
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
         fontsize=size,
         linespacing=1.25,
+        **plain(families),
     )
     beside.set_in_layout(False)
     return beside

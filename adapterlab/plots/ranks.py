@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.plots.glyphs import drawable, families_for, plain
+from adapterlab.plots.glyphs import drawable, families_for, plain, visible
 from adapterlab.plots.heatmap import draw_cells, label_sides, tabulate, write_cells
 from adapterlab.plots.style import USUAL_TEXT, check_columns, lay_out, make_figure, whole_numbers
 from adapterlab.plots.training import draw_ranks_over_steps, points
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+_LONGEST = 400  # letters of the note
 _HISTORY = 1.9  # inches for the panel below
 
 
@@ -78,6 +79,7 @@ def _colour_bar(ax: Axes, mesh: Any, mean: float, most: float) -> None:
 def _title(ax: Axes, note: str) -> None:
     if note:
         figure: Any = ax.get_figure(root=True)
+        note = visible(note[:_LONGEST])
         families = families_for([note])
         text = textwrap.fill(note, max(int((figure.get_figwidth() - 0.8) * 72 / (0.55 * USUAL_TEXT)), 20))
         ax.set_title(drawable(text, families), loc="left", fontsize=USUAL_TEXT, **plain(families))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.plots.glyphs import drawable, families_for, plain, visible
+from adapterlab.plots.glyphs import drawable, families_for, plain, wrapped
 from adapterlab.plots.style import ADAPTER_COLOURS, check_columns, make_figure, text_colour, whole_numbers
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def plot_training(history: pd.DataFrame, *, title: str = "") -> Figure:
         middle = (loss if len(loss) else held_out).index[0]
         axes[-1].set_xlim(middle - 1, middle + 1)
     if title:
-        families = families_for([title])
-        top.set_title(drawable(visible(title), families), loc="left", **plain(families))
+        shown = wrapped(title, 64, 1)
+        families = families_for([shown])
+        top.set_title(drawable(shown, families), loc="left", **plain(families))
     return figure
 
 

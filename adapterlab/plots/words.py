@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.plots.glyphs import NO_GLYPH, drawable, families_for, plain, visible
+from adapterlab.plots.glyphs import NO_GLYPH, drawable, families_for, plain, visible, wrapped
 from adapterlab.plots.style import USUAL_TEXT, check_columns, make_figure, short_number, text_colour
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 120  # of text in one figure, shared out among its blocks
+_MOST_LETTERS = MOST_LINES * 200  # of a token: more would not be in so many lines
 FEWEST_LINES = 3  # that a block has; where that is too many in all, the last blocks are left out
 # Half transparent at most: words in the style's own colour can be read on both, on a light ground and on a dark one.
 MORE, LESS = "#d55e00", "#0072b2"
@@ -126,7 +127,7 @@ def _blocks(frame: pd.DataFrame, values: pd.Series[float]) -> list[_Block]:
     blocks = []
     for prompt, column in sorted(found, key=lambda key: (key[0], order[key[1]])):
         tokens = [token for _, token in sorted(found[prompt, column], key=lambda pair: pair[0])]
-        title = visible(column) + (f" · prompt {prompt}" if several else "")
+        title = wrapped(column, 64, 1) + (f" · prompt {prompt}" if several else "")
         blocks.append(_Block(title, tokens))
     return blocks
 
@@ -172,6 +173,7 @@ def _break(
 
 def _fitting(text: str, room: float, measure: Callable[[str], float]) -> list[str]:
     """A token in pieces that each fit in a line: itself, as a rule."""
+    text = text[:_MOST_LETTERS]
     if not text or measure(text) <= room:
         return [text] if text else []
     length = max(int(len(text) * room / measure(text) * 0.9), 1)
