@@ -94,7 +94,9 @@ def _check_ids(place: Place, name: str, content: Mapping[str, Any]) -> None:
         value = content.get(field)
         for one in value if isinstance(value, list) else [value]:
             if one is not None and (not isinstance(one, int) or isinstance(one, bool)):
-                raise AdapterLabError(f"The {name} of {place.source} says {field}={str(value)[:80]!r}, which is no token's id.")
+                raise AdapterLabError(
+                    f"The {name} of {place.source} says {field}={str(value)[:80]!r}, which is no token's id."
+                )
 
 
 def _check_shards(place: Place, name: str, index: Mapping[str, Any]) -> None:

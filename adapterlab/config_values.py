@@ -22,12 +22,12 @@ _WORDS: dict[Any, str] = {
 def wrong_values(raw: Mapping[str, Any]) -> dict[str, str]:
     """Field → why its value is not what PEFT's config declares, of a mapping whose peft_type PEFT knows."""
     found = {}
-    hints = _hints(raw["peft_type"])
+    hints, defaults = _declared(raw["peft_type"])
     for field, value in raw.items():
         if field in ("peft_type", "task_type", "auto_mapping", "peft_version"):
             continue  # looked at elsewhere, or not used
         why = _wrong_number(value) or (_wrong_kind(field, value, hints[field]) if field in hints else "")
-        why = why or _wrong_range(field, value)
+        why = why or _wrong_range(field, value, defaults.get(field))
         if field.endswith("_pattern") and raw["peft_type"] != "ADALORA":  # whose pattern is of masks
             why = why or next((wrong for one in _entries(value) if (wrong := _wrong_entry(field, one))), "")
         if field == "rank_pattern" and raw["peft_type"] == "ADALORA":
@@ -37,12 +37,13 @@ def wrong_values(raw: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _hints(peft_type: str) -> dict[str, Any]:
+def _declared(peft_type: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Field → type, and field → default where it is a plain value."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    hints = typing.get_type_hints(cls)
-    return {each.name: hints[each.name] for each in dataclasses.fields(cls)}
+    hints, declared = typing.get_type_hints(cls), dataclasses.fields(cls)
+    return {each.name: hints[each.name] for each in declared}, {each.name: each.default for each in declared}
 
 
 def _wrong_number(value: Any) -> str:
@@ -57,12 +58,12 @@ def _wrong_number(value: Any) -> str:
     return "too large a number" if isinstance(value, (int, float)) and abs(value) > largest else ""
 
 
-def _wrong_range(field: str, value: Any) -> str:
+def _wrong_range(field: str, value: Any, default: Any) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return ""
     if field.endswith("dropout") and not 0 <= value <= 1:
         return "no share between 0 and 1"
-    if field in _RANKS and value < 1:
+    if field in _RANKS and value < 1 and not (value == 0 == default):  # for OFT 0 is none given
         return "no rank, which is 1 or more"
     return ""
 

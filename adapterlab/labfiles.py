@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adapterlab import strangers
 from adapterlab.columns import Column, check_name, is_finite
 from adapterlab.errors import AdapterLabError
 
@@ -115,13 +116,12 @@ def strange_files(folder: Path) -> list[str]:
 def read_json(path: Path) -> Any:
     """The content of one of a saved lab's files. Raises `AdapterLabError`."""
     try:
-        if not path.is_file():
-            raise AdapterLabError(f"{str(path)!r} is missing: the saved lab is not whole. Copy its folder again.")
-        if path.stat().st_size > _LARGEST:
-            raise AdapterLabError(f"{str(path)!r} has {path.stat().st_size / 1e6:.0f} MB and is none of a lab's files.")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterLabError(f"{str(path)!r} can't be read: {' '.join(str(error).split())[:200]}.") from error
+        return strangers.read_json(path, _LARGEST)
+    except FileNotFoundError as error:
+        raise AdapterLabError(f"{str(path)!r} is missing: the saved lab is not whole. Copy its folder again.") from error
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise AdapterLabError(f"{str(path)!r} can't be read: {words}.") from error
 
 
 def read_manifest(folder: Path) -> SavedLab:

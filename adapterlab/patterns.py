@@ -67,7 +67,9 @@ def check_patterns(config: Any, model: Any, name: str) -> None:
     """Raise `AdapterLabError` if PEFT should not be given this config; what was tried once for these names is known."""
     found = pattern_objections(config, model)
     if found:
-        raise AdapterLabError(f"{name!r} can't be used: " + "; ".join(f"{field}: {why}" for field, why in found.items()) + ".")
+        raise AdapterLabError(
+            f"{name!r} can't be used: " + "; ".join(f"{field}: {why}" for field, why in found.items()) + "."
+        )
 
 
 def _names(model: Any) -> tuple[str, ...]:
@@ -76,7 +78,10 @@ def _names(model: Any) -> tuple[str, ...]:
 
 
 def _fields(config: Any) -> list[str]:
-    return [*_COUNTED, *(field for field in sorted(vars(config)) if field.endswith("_pattern") and field not in _COUNTED)]
+    return [
+        *_COUNTED,
+        *(field for field in sorted(vars(config)) if field.endswith("_pattern") and field not in _COUNTED),
+    ]
 
 
 def _expressions(config: Any) -> Iterator[tuple[str, str, bool]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.concatenation import counterparts, departure, labs_of, megabytes, split_label
@@ -71,7 +72,7 @@ def mark_words(text: str, base: str, *, removed: bool = False, at: int | None = 
     return "".join(pieces)
 
 
-def _changes(theirs: list[str], mine: list[str]) -> list[tuple[str, int, int, int, int]]:
+def _changes(theirs: list[str], mine: list[str]) -> Sequence[tuple[str, int, int, int, int]]:
     """What makes `mine` of `theirs`, as difflib's opcodes. Where looking for the shortest way would take seconds, all that
     lies between the common beginning and the common end counts as changed: a model that says one word a thousand times has
     a million pairs of equal words."""

@@ -72,9 +72,9 @@ class AdapterTrainer(Trainer):
         self.allocation: AdaLoraCallback | None = None
         self.before: Before | None = None  # while a step is taken
         with session.using() as model:
-            here = session.adapters  # a new set: somebody may be counting the old one
-            here.trainers = weakref.WeakSet([*here.trainers, self])
             super().__init__(model=model, **trainer)
+            here = session.adapters  # a new set, and not before this one is whole: somebody may be counting the old one
+            here.trainers = weakref.WeakSet([*here.trainers, self])
             for callback in (PrinterCallback, transformers.trainer.DEFAULT_PROGRESS_CALLBACK):
                 self.remove_callback(callback)
             self._watch = _Watch(session.stop, self)

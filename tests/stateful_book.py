@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,14 @@ def columns() -> Any:
     return st.runner().flatmap(of)
 
 
-def wrong_columns() -> Any:
-    """A column that the lab must refuse."""
-
-    def of(machine: Any) -> Any:
-        kinds: list[Any] = ["nobody", ["nobody"], {"nobody": 0.5}, 7, {"base": 1.0}]
-        for name, held in machine.held.items():
-            kinds += [[name, name], {name: math.nan}, {name: "much"}, [name, "nobody"]]
-            if not held.kind.blends:
-                kinds += [{name: 0.5}, *([name, other] for other in machine.held if other != name)]
-        return st.sampled_from(kinds)
-
-    return st.runner().flatmap(of)
+def wrong_columns(held: Mapping[str, Held]) -> list[Any]:
+    """Columns that the lab must refuse."""
+    wrong: list[Any] = ["nobody", ["nobody"], {"nobody": 0.5}, 7, {"base": 1.0}]
+    for name, one in held.items():
+        wrong += [[name, name], {name: math.nan}, {name: "much"}, [name, "nobody"]]
+        if not one.kind.blends:
+            wrong += [{name: 0.5}, *([name, other] for other in held if other != name)]
+    return wrong
 
 
 def kinds() -> Any:
@@ -109,6 +105,7 @@ def step(only: Callable[[Any], bool] | None = None, **drawn: Any) -> Any:
         @functools.wraps(function)
         def counted(self: Any, **given: Any) -> Any:
             COUNTS[function.__name__] += 1
+            self.last_step = function.__name__
             return function(self, **given)
 
         made = rule(**drawn)(counted)
@@ -142,6 +139,7 @@ class Book(RuleBasedStateMachine):
         self.stand_on(self.oracle.bare())
         self.saved: list[tuple[Path, Kind]] = []
         self.folders = 0
+        self.last_step = ""
         self.lab_folder: Path | None = None
         self.hooks = 0  # of a user, on the model now
         self.brought: dict[str, Held] = {}
@@ -369,7 +367,11 @@ class Book(RuleBasedStateMachine):
         mine = content(parts, held)
         assert DIGESTS.setdefault((type(self), mine), generation.weights_digest) == generation.weights_digest, mine
         assert OWNERS.setdefault((type(self), generation.weights_digest), mine) == mine, "two contents, one digest"
-        where = (parts, mine, prompt, repr(sorted(settings.items())))
+        where = self.answer(parts, prompt, settings)
         assert not generation.cached or where in self.finished, "it says what it never said"
         if not hooked and generation.finish_reason != "stopped":
             self.finished.add(where)
+
+    def answer(self, parts: Parts, prompt: tuple[int, ...], settings: dict[str, Any]) -> Any:
+        """A name for what decides an answer."""
+        return parts, content(parts, self.held), prompt, repr(sorted(settings.items()))

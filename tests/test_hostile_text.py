@@ -12,6 +12,7 @@ import html
 import io
 import json
 import re
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -42,7 +43,7 @@ from adapterlab.plots import (
 )
 from adapterlab.plots.glyphs import visible
 from adapterlab.preflight import Preflight
-from adapterlab.render import comparison_html, comparison_page
+from adapterlab.render import comparison_html, comparison_page, mark_words
 from adapterlab.runs import history_frame, ranks_frame
 from adapterlab.widgets import build_panel
 from adapterlab.widgets.charts import ranks_table
@@ -320,6 +321,24 @@ def test_readable_text_stays_as_it_is(hostile: str) -> None:
     assert readable(readable(hostile)) == readable(hostile)
     assert html.unescape(escape(hostile)) == readable(hostile)
     assert not set(escape(hostile)) & set("<>\"'")
+
+
+def test_a_word_said_a_thousand_times_is_marked_at_once() -> None:
+    """difflib takes minutes for it, and a small model that has lost its way says just that."""
+    began = time.perf_counter()
+    assert mark_words("x " * 5000 + "end", "y x " * 2500) == f"<ins>{'x ' * 5000}end</ins>"
+    marked = mark_words("so " + "x " * 5000 + "end", "so " + "x " * 5000 + "other", removed=True)
+    assert marked == "so " + "x " * 5000 + "<del>other </del><ins>end</ins>"
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(("words", "pairs"), [(300, 90_000), (320, 102_400)])
+def test_both_ways_of_marking_say_the_whole_text(words: int, pairs: int) -> None:
+    text, base = "x " * words, "x " * (words // 2) + "y " + "x " * (words // 2)
+    assert words * words == pairs
+    marked = mark_words(text, base, removed=True)
+    assert Page(re.sub("<del>.*?</del>", "", marked)).text == text
+    assert Page(re.sub("<ins>.*?</ins>", "", marked)).text.split() == base.split()
 
 
 # -- the panel ---------------------------------------------------------------------------------------------------------

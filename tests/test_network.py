@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -203,6 +204,15 @@ def test_whatever_library_fails_to_connect_it_is_said_in_words(library: str, mon
     monkeypatch.setattr(huggingface_hub, "list_models", fail)
     with pytest.raises(AdapterLabError, match=r"'some/model' \(ConnectError\)"):
         find_adapters("some/model")
+
+
+def test_each_test_that_security_md_names_is_there() -> None:
+    here = Path(__file__).parent
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (here.parent / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for file, function in named:
+        defined = re.findall(r"^ *def (test_\w+)\(", (here / file).read_text(encoding="utf-8"), re.MULTILINE)
+        assert defined if not function else function in defined, f"{file}::{function}"
 
 
 def test_without_it_the_same_calls_do_ask(base: Path, tmp_path: Path) -> None:

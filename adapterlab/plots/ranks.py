@@ -79,7 +79,7 @@ def _colour_bar(ax: Axes, mesh: Any, mean: float, most: float) -> None:
 def _title(ax: Axes, note: str) -> None:
     if note:
         figure: Any = ax.get_figure(root=True)
-        note = visible(note[:_LONGEST])
+        note = visible(" ".join(note.split())[:_LONGEST])
         families = families_for([note])
         text = textwrap.fill(note, max(int((figure.get_figwidth() - 0.8) * 72 / (0.55 * USUAL_TEXT)), 20))
         ax.set_title(drawable(text, families), loc="left", fontsize=USUAL_TEXT, **plain(families))
