@@ -109,6 +109,7 @@ def config_case(
     tells: str = "",
     legal: bool = False,
     only_as_base: bool = False,
+    either: bool = False,
     **fields: Any,
 ) -> None:
     """An adapter whose config has other values; `...` takes the field out."""
@@ -121,7 +122,7 @@ def config_case(
                 del raw[key]
         dump(folder / CONFIG, raw)
 
-    tags = frozenset({"base"}) if only_as_base else frozenset()
+    tags = frozenset(["base"] * only_as_base + ["either"] * either)
     said = said or ("" if legal else next(iter(fields)))
     case(name, "adapter", why, make, legal=legal, tells=tells, said=said, tags=tags)
 

@@ -205,7 +205,12 @@ config_case(
 )
 config_case("loftq-text", "loftq_config is a text", loftq_config="florp")
 config_case("runtime-number", "runtime_config is a number", runtime_config=7)
-config_case("eva-config", "a config inside the config, of wrong types", eva_config={"rho": "x"})
+config_case(
+    "eva-config",
+    "a config inside the config, of wrong types, which PEFT 0.20 leaves unread",
+    eva_config={"rho": "x"},
+    either=True,
+)
 config_case("adalora-ranks", "target_r above init_r", kind="adalora", legal=True, target_r=100)
 config_case(
     "adalora-steps",

@@ -450,3 +450,87 @@ def test_two_labs_in_two_threads_learn_at_once(adapter_folders: dict[str, Path])
     for lab in labs:
         assert lab.verify(lab.compare(PROMPTS[0], max_new_tokens=2))["agrees"].all()
         lab.close()
+
+
+# ----- what the stress has found, each by itself -----
+
+
+def test_memory_can_be_looked_at_while_a_trainer_is_made(
+    adapter_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer was asked for before there was one."""
+    import transformers
+
+    lab, seen = opened(adapter_folders), []
+    made = transformers.Trainer.__init__
+
+    def looking(self: Any, *arguments: Any, **keywords: Any) -> None:
+        seen.append(lab.memory())
+        made(self, *arguments, **keywords)
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", looking)
+    lab.trainer("pirate", PROMPTS, max_steps=1)
+    assert len(seen) == 1
+    lab.close()
+
+
+def test_who_looks_sees_no_change_before_it_is_whole(adapter_folders: dict[str, Path]) -> None:
+    """Of an adapter that is being added the name could be seen, and that neither selected nor trainable yet."""
+    lab = opened(adapter_folders)
+    before, seen = look_at(lab), []
+    make, select = lab._adapters._make_trainable, lab._adapters.select
+
+    def elsewhere(step: Callable[..., Any]) -> Callable[..., Any]:
+        def stepping(*arguments: Any) -> None:
+            step(*arguments)
+            thread = threading.Thread(target=lambda: seen.append(look_at(lab)))
+            thread.start()
+            thread.join()
+
+        return stepping
+
+    lab._adapters._make_trainable = elsewhere(make)  # type: ignore[method-assign]
+    lab._adapters.select = elsewhere(select)  # type: ignore[method-assign]
+    lab.add_adapter("lora", "new", r=2, target_modules=["v_proj"])
+    assert seen == [before, before]
+    names, selection, active, trainable = look_at(lab)
+    assert (names[-1], selection.names, active, trainable) == ("new", ("new",), {"new": 1.0}, "new")
+    lab.close()
+
+
+def look_at(lab: AdapterLab) -> tuple[Any, ...]:
+    return list(lab.adapters), lab.selection, lab.active_adapters, lab.trainable
+
+
+def test_who_looks_sees_the_selection_while_another_thread_uses_a_column(adapter_folders: dict[str, Path]) -> None:
+    """What acts on the next forward, for this thread: it would wait for its turn first."""
+    lab, seen = opened(adapter_folders), []
+    with lab.using("pirate"):
+        thread = threading.Thread(target=lambda: seen.append((lab.active_adapters, lab.summary())))
+        thread.start()
+        thread.join()
+        assert lab.active_adapters == {"pirate": 1.0}
+    ((active, summary),) = seen
+    assert active == {"poet": 1.0}
+    assert list(summary.loc[summary["active"], "adapter"]) == ["poet"]
+    lab.close()
+
+
+def test_scoring_that_waited_for_a_lab_that_was_closed_has_no_scores(adapter_folders: dict[str, Path]) -> None:
+    lab, found = opened(adapter_folders), []
+    comparison = lab.compare(PROMPTS[0], ["pirate"], max_new_tokens=2)
+    come, turn = threading.Event(), lab._turn
+
+    def coming() -> Any:
+        if threading.current_thread() is thread:
+            come.set()
+        return turn()
+
+    lab._turn = coming  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: found.append(comparison.tokens()), daemon=True)
+    with lab._lock:
+        thread.start()
+        assert come.wait(LIMIT)
+        lab.close()
+    thread.join(LIMIT)
+    assert found[0]["base_logprob"].isna().all()

@@ -251,8 +251,10 @@ def preflight_of(text: str) -> Preflight:
 
 
 @pytest.mark.parametrize("sink", PAGES)
-def test_html(sink: str, hostile: str) -> None:
-    check(PAGES[sink], hostile)
+def test_html(sink: str) -> None:
+    for key, text in HOSTILE.items():
+        if key != "long" or sink in ("exported page", "card, words", "notice", "preflight"):
+            check(PAGES[sink], text)
 
 
 def test_tokens_are_shown_as_python_writes_them(hostile: str) -> None:

@@ -299,7 +299,7 @@ TRAININGS = {
     "train a new one": train("new", method="lora", r=2, target_modules=["v_proj"]),
     "train AdaLoRA": train("new", method="adalora", init_r=3, target_r=1, target_modules=["v_proj"]),
 }
-SHORT = {"lines": 8, "checks": 3}  # moments of each operation; of the lines, half are those after a change
+SHORT = {"lines": 6, "checks": 2}  # moments of each operation; of the lines, half are those after a change
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,10 @@ def test_looking(full_lab: AdapterLab, long: bool) -> None:
         full_lab.summary(), full_lab.parameters(), full_lab.memory(), full_lab.capabilities()
         full_lab.delta_norms("pirate"), full_lab.subspace_overlap("pirate", "wide")
         full_lab.divergence("The moon is", ["pirate"]), full_lab.evaluate(["The moon", "The sea"])
-        full_lab.plot_memory(), full_lab.plot_ranks("ada"), full_lab.plot_delta_norms("poet")
-        full_lab.plot_divergence("The moon", ["pirate"]), full_lab.plot_parameters()
-        AdapterLab.estimate(full_lab.model, ["lora"], context=16, training=True, length=8, batch_size=1)
+        full_lab.plot_memory(), full_lab.plot_divergence("The moon", ["pirate"])
+        if long:
+            full_lab.plot_ranks("ada"), full_lab.plot_delta_norms("poet"), full_lab.plot_parameters()
+        AdapterLab.estimate(full_lab.model, ["lora"], context=16, training=long, length=8, batch_size=1)
         full_lab._repr_html_()
         str(full_lab.model_card("ada"))
 
@@ -226,7 +227,7 @@ def test_trainings(lab: AdapterLab, long: bool) -> None:
 def test_panels(full_lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path: Path, long: bool) -> None:
     def click() -> None:
         panel = full_lab.panel()
-        drive(full_lab, panel, adapter_folders["pirate"], tmp_path / "saved")
+        drive(full_lab, panel, adapter_folders["pirate"], tmp_path / "saved", VIEWS if long else VIEWS[:2])
         panel.close()
         full_lab.history.clear()
         full_lab.clear_cache()
@@ -235,7 +236,10 @@ def test_panels(full_lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path
     check_rounds(click, 20 if long else 2, full_lab)
 
 
-def drive(lab: AdapterLab, panel: Any, folder: Path, target: Path) -> None:
+VIEWS = ("Sizes", "Abilities", "Memory", "Ranks", "Weights")
+
+
+def drive(lab: AdapterLab, panel: Any, folder: Path, target: Path, views: Sequence[str]) -> None:
     """Click through a panel: compare, load, save, blend, train, inspect, verify, delete."""
 
     def done() -> None:
@@ -261,7 +265,7 @@ def drive(lab: AdapterLab, panel: Any, folder: Path, target: Path) -> None:
     panel.train.form.train.click()
     done()
     panel.tabs.open = "Inspect"
-    for what in ("Sizes", "Memory", "Ranks", "Weights", "Abilities"):
+    for what in views:
         panel.inspect.what.value = what
         done()
     panel.trust.button.click()
@@ -376,7 +380,7 @@ def test_adapters_that_are_deleted_give_their_memory_back(lab: AdapterLab, adapt
     settle()
     assert resident_of_lab() == before
     after = census(lab)
-    assert {key: (tensors[key], after[key]) for key in tensors | after if tensors[key] != after[key]} == {}
+    assert {key: (tensors[key], after[key]) for key in after if after[key] > tensors[key]} == {}
 
 
 # -- that a leak would be found ------------------------------------------------------------------------------------------
