@@ -22,6 +22,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"
 _SIZE = re.compile(r"size|dim|heads|hidden|inner|width|rank|n_embd|d_model|d_ff|ffn")
 _NUMBER = re.compile(r"layer|block|depth|expert")
 _SPARE = 64  # modules of a kind on top of four for each tensor: some models share their layers' weights
+_HARMLESS = 10**8  # parameters that any machine has room for
 _MOST_FOR_A_BYTE = 16  # parameters; the smallest packed weights have four
 
 
@@ -57,7 +58,7 @@ def check_base_size(place: Place, config: PretrainedConfig, auto_class: Any) -> 
     if math.prod(sizes[-2:]) <= held:
         return  # as in every model that was ever saved whole
     parameters = _count(config, auto_class)
-    if parameters > _MOST_FOR_A_BYTE * held:
+    if parameters > max(_MOST_FOR_A_BYTE * held, _HARMLESS):
         raise AdapterLabError(
             f"The {MODEL_CONFIG} of {place.source} describes a model of {parameters:.2g} parameters, where its weights have "
             f"{held / 1e6:.1f} MB: config and weights don't belong together."
@@ -83,7 +84,7 @@ def _read(place: Place, name: str) -> dict[str, Any]:
     try:
         content = read_json(place.fetch(name))
     except (OSError, ValueError) as error:
-        raise AdapterLabError(f"The {name} of {place.source} can't be read: {error}.") from error
+        raise AdapterLabError(f"{place.source} could not be loaded: its {name} can't be read: {error}.") from error
     if not isinstance(content, dict):
         raise AdapterLabError(f"The {name} of {place.source} holds a {type(content).__name__}, not an object.")
     return content

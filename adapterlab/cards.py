@@ -321,7 +321,9 @@ def _code(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """Python's literal for it, with escapes for all that would not be seen."""
-    letters = (letter if letter.isprintable() else _escaped(ord(letter)) for letter in json.dumps(text, ensure_ascii=False))
+    letters = (
+        letter if letter.isprintable() else _escaped(ord(letter)) for letter in json.dumps(text, ensure_ascii=False)
+    )
     return "".join(letters)
 
 

@@ -93,7 +93,7 @@ def _wrong_kind(field: str, value: Any, hint: Any) -> str:
     if set(_kinds(hint)) <= {int, float}:
         return "no whole number" if isinstance(value, float) else "no number"
     words = [_WORDS.get(kind, "") for kind in _kinds(hint)]
-    return "not " + " or ".join(dict.fromkeys(word for word in words if word)) if any(words) else "no such value"
+    return "not " + " or ".join(sorted({word for word in words if word})) if any(words) else "no such value"
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -6,7 +6,6 @@ Weights are read anew for every comparison (fingerprints.py), so a change of any
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,12 +30,12 @@ _ENTRY = 4_000  # and for the rest of a generation and its key
 class FinishedColumns:
     """Generations and the base's first logits by key, at most `limit` bytes in all; the longest unused goes first.
 
-    Not thread-safe: the lab holds the lock.
+    Not thread-safe: the lab holds the lock; `size` alone may be asked for at any time.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
-        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._kept: dict[str, tuple[Any, int]] = {}  # the longest unused first
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -44,14 +43,15 @@ class FinishedColumns:
     @property
     def size(self) -> int:
         """Bytes, about. Counted and not kept: a number beside what is kept could be left behind by Ctrl-C."""
-        return sum([size for _, size in list(self._kept.values())])
+        return sum(size for _, size in self._kept.copy().values())
 
     def get(self, key: str) -> Any:
         """What is kept under `key`, which thereby was used last; None if nothing is."""
-        if key not in self._kept:
+        found = self._kept.pop(key, None)
+        if found is None:
             return None
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+        self._kept[key] = found
+        return found[0]
 
     def put_generation(self, key: str, generation: Generation) -> None:
         texts = len(generation.text) + len(generation.prompt)
@@ -73,7 +73,7 @@ class FinishedColumns:
         self._kept[key] = (value, size)
         surplus = self.size - self.limit
         while surplus > 0:
-            surplus -= self._kept.popitem(last=False)[1][1]
+            surplus -= self._kept.pop(next(iter(self._kept)))[1]
 
 
 def recall(run: Run, keys: Keys) -> dict[Place, Generation]:

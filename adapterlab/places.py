@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -318,6 +319,11 @@ def _explanation(error: Exception, place: Place) -> str:
         return (
             f"{name} is not in the local cache, or not wholly, and {why}{forbids}; "
             "load it once while online, or give a local folder."
+        )
+    if any_is(pickle.UnpicklingError):  # torch's own words advise to run it
+        return (
+            f"{place.source} could not be loaded: its weights are a pickle of more than tensors, which could run any code, so "
+            "they are not read. Ask for a version with .safetensors."
         )
     if "out of memory" in str(error).lower() or any_is(MemoryError):
         return f"{place.source} does not fit into memory: try quantization='8bit' or '4bit', or a smaller model."

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from adapterlab.comparison import Comparison, Generation
 
 ALIKE = 0.6  # share of the words that two texts have in common
-_MOST_PAIRS = 100_000  # of equal words, one in each text: half a second at worst; a thousand words of prose have a tenth
+_MOST_PAIRS = (
+    100_000  # of equal words, one in each text: half a second at worst; a thousand words of prose have a tenth
+)
 _FINISH = {"eos": "ended", "length": "cut at the limit", "stopped": "stopped", "stop_string": "stop string"}
 _CELL = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;padding:8px 12px;min-width:180px"'
 _HEAD = 'style="text-align:left;vertical-align:top;padding:8px 12px"'

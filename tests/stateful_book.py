@@ -87,7 +87,7 @@ def kinds() -> Any:
 
 def some_kinds(world: World) -> Any:
     """What is loaded at the beginning."""
-    return st.lists(st.sampled_from(list(world.kinds)), max_size=4)
+    return st.lists(st.sampled_from(list(world.kinds)), min_size=1, max_size=4)
 
 
 def has_adapters(machine: Any) -> bool:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 ACTIVE = (
-    "script, iframe, object, embed, base, form, link, img, [onload], [onerror], [onmouseover], body [style*='url(']:not([style*='url(#'])"
+    "script, iframe, object, embed, base, form, link, img, [onload], [onerror], [onmouseover], "
+    "body [style*='url(']:not([style*='url(#'])"
 )
 
 

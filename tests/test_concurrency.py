@@ -70,13 +70,12 @@ class Stress:
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.over = threading.Event()
-        self.inside = threading.local()
-        self.acting: list[tuple[int, str]] = []
+        self.closing = False  # which stops what runs
 
     def check(self, comparison: Comparison) -> None:
         for g in comparison.generations:
             alone = self.reference.get((g.column, g.prompt))
-            if alone is None:
+            if alone is None or (self.closing and g.finish_reason == "stopped"):
                 continue
             have = (g.text, g.token_ids, g.weights_digest, g.active_adapters, g.multipliers)
             want = (alone.text, alone.token_ids, alone.weights_digest, alone.active_adapters, alone.multipliers)
@@ -426,6 +425,7 @@ def close_while_others_wait(stress: Stress, turn: int) -> None:
             thread.start()
         while not stress.done and not stress.wrong:
             time.sleep(0.01)  # nothing tells of the first piece that is done
+        stress.closing = True
         lab.close()
         stress.over.set()
         for thread in threads:
@@ -534,3 +534,25 @@ def test_scoring_that_waited_for_a_lab_that_was_closed_has_no_scores(adapter_fol
         lab.close()
     thread.join(LIMIT)
     assert found[0]["base_logprob"].isna().all()
+
+
+def test_the_size_of_what_is_kept_can_be_asked_for_at_any_time() -> None:
+    """An `OrderedDict` that another thread changes can't be listed."""
+    from adapterlab.finished import FinishedColumns
+
+    kept, over, sizes = FinishedColumns(limit=600_000), threading.Event(), []
+
+    def asking() -> None:
+        while not over.is_set():
+            sizes.append(kept.size)
+
+    thread = threading.Thread(target=asking, daemon=True)
+    thread.start()
+    for turn in range(20_000):
+        kept._put(str(turn % 90), turn, 9_000)
+        kept.get(str((turn + 45) % 90))
+    over.set()
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+    assert 0 < max(sizes) <= 600_000 + 9_000
+    assert kept.size == 66 * 9_000

@@ -34,7 +34,11 @@ NAMES = ("pirate", "poet", "dora")
 LETTERS = torch.randint(7, 300, (1, 9), generator=torch.Generator().manual_seed(3))
 TEXTS = ["The moon is round.", "One adapter learns."]
 
-pytestmark = pytest.mark.filterwarnings("ignore::adapterlab.AdapterLabWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::adapterlab.AdapterLabWarning"),
+    # where a generator is being closed Python can't hand an exception on, Ctrl-C's no more than this one
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 class Cut(BaseException):

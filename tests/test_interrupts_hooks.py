@@ -351,6 +351,8 @@ def test_a_picture_does_not_hold_matplotlib_while_it_waits_for_the_lab(lab: Adap
     """A panel's picture took matplotlib's settings and then waited; who worked with the lab and drew waited for ever."""
     from adapterlab.plots import draw_svg, plot_parameters
 
+    frame = lab.parameters()
+    draw_svg(lambda: plot_parameters(frame), "")  # matplotlib looks for its fonts the first time
     waiting, drawn = threading.Event(), []
 
     def look() -> None:
@@ -369,9 +371,8 @@ def test_a_picture_does_not_hold_matplotlib_while_it_waits_for_the_lab(lab: Adap
         drawing = threading.Thread(
             target=lambda: mine.append(draw_svg(lambda: plot_parameters(frame), "")), daemon=True
         )
-        frame = lab.parameters()
         drawing.start()
-        drawing.join(30)
+        drawing.join(60)
         assert mine, "matplotlib is held by who waits for the lab"
     other.join(30)
     assert drawn[0].startswith("<svg")

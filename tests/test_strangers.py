@@ -170,8 +170,8 @@ def test_names_of_tensors_can_t_act_on_a_terminal(pirate: Path, lab: AdapterLab)
         ({"use_dora": "no"}, "not true or false"),
         ({"use_rslora": "false"}, "not true or false"),
         ({"fan_in_fan_out": "maybe"}, "not true or false"),
-        ({"target_modules": {"q_proj": 1}}, "not a text or a list"),
-        ({"target_modules": [1, 2]}, "not a text or a list"),
+        ({"target_modules": {"q_proj": 1}}, "not a list or a text"),
+        ({"target_modules": [1, 2]}, "not a list or a text"),
         ({"modules_to_save": "lm_head"}, "not a list"),
         ({"layers_to_transform": [[0]]}, "not a list or a whole number"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "no finite number"),
@@ -359,6 +359,19 @@ def test_an_index_that_climbs_out_of_its_folder_is_refused(base: Path) -> None:
     index = {"metadata": {"total_size": 1}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     assert "'../outside.safetensors'" in refusal(lambda: AdapterLab(base))
+
+
+def test_a_model_s_pickle_with_code_is_refused_without_advice_to_run_it(base: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(base / "sprung"),)
+
+    (base / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, base / "pytorch_model.bin")
+    said = refusal(lambda: AdapterLab(base))
+    assert "a pickle of more than tensors" in said
+    assert "weights_only" not in said
+    assert not (base / "sprung").exists()
 
 
 def test_ids_that_are_no_numbers_are_refused_when_the_model_is_opened(base: Path) -> None:
