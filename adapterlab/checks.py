@@ -75,7 +75,9 @@ def check_options(flight: Preflight, raw: Mapping[str, Any]) -> PeftConfig | Non
     if wrong:
         flight.tell(
             "its adapter_config.json has values that PEFT does not take: "
-            + "; ".join(f"{field}={shown(repr(raw.get(field)), 80)} ({why})" if field else why for field, why in wrong.items())
+            + "; ".join(
+                f"{field}={shown(repr(raw.get(field)), 80)} ({why})" if field else why for field, why in wrong.items()
+            )
             + ".",
             [("option", field, raw.get(field), why) for field, why in wrong.items()],
             problem=True,

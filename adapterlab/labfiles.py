@@ -118,7 +118,9 @@ def read_json(path: Path) -> Any:
     try:
         return strangers.read_json(path, _LARGEST)
     except FileNotFoundError as error:
-        raise AdapterLabError(f"{str(path)!r} is missing: the saved lab is not whole. Copy its folder again.") from error
+        raise AdapterLabError(
+            f"{str(path)!r} is missing: the saved lab is not whole. Copy its folder again."
+        ) from error
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise AdapterLabError(f"{str(path)!r} can't be read: {words}.") from error

@@ -171,7 +171,10 @@ def _load(
         quantization=quantization_of(model),
         file_bytes=None if from_gguf or options.get("variant") else base.weights_bytes(),
         origin=Origin(
-            path, _commit(model) or base.revision, base.subfolder or None, quantized_here=quantization_config is not None
+            path,
+            _commit(model) or base.revision,
+            base.subfolder or None,
+            quantized_here=quantization_config is not None,
         ),
     )
 

@@ -17,7 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the long profiles: hours of random calls instead of minutes")
+    parser.addoption(
+        "--long", action="store_true", help="run the long profiles: hours of random calls instead of minutes"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -299,7 +299,9 @@ class Actions:
                 return
             self._state.code = call_code("lab.save", folder)
             self._lab.save(folder)
-            self._state.notice = Notice("info", f"The lab is saved in {folder!r}: AdapterLab({folder!r}) opens it again.")
+            self._state.notice = Notice(
+                "info", f"The lab is saved in {folder!r}: AdapterLab({folder!r}) opens it again."
+            )
 
         self._start("Saving…", job)
 

@@ -206,7 +206,9 @@ class LabForm:
         self.folder = classes(_text(description="Folder", placeholder="for example my-lab"), "alab-wide")
         self.button = w.Button(description="Save")
         self.fold = _form(
-            "Save the lab", "adapters, trainings, blends and every comparison, in one folder", [self.folder, self.button]
+            "Save the lab",
+            "adapters, trainings, blends and every comparison, in one folder",
+            [self.folder, self.button],
         )
         self.button.on_click(lambda _: on_save(self.asked))
         on_enter(self.folder, lambda: on_save(self.asked))

@@ -46,7 +46,9 @@ class AdapterRow:
         self.tools = classes(w.HBox(tools), "alab-row-tools")
         self.box = classes(w.HBox([self.compare, self.facts, self.tools]), "alab-row")
         self.compare.observe(self._on_compare, "value")
-        if row.is_adapter:  # the others have none to move, and setting theirs would draw the list within its own drawing
+        if (
+            row.is_adapter
+        ):  # the others have none to move, and setting theirs would draw the list within its own drawing
             self.multiplier.observe(self._on_multiplier, "value")
         self.use.on_click(lambda _: on_use(name))
         self.save.on_click(lambda _: on_save(name))
