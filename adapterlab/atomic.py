@@ -39,19 +39,17 @@ def building(folder: Path) -> Iterator[Path]:
     Its files get the rights that the user's new files have (safetensors would write them for the owner alone). Raises
     `AdapterLabError` where it can't be written; then what was there is still there.
     """
-    folder = Path(os.path.realpath(folder))
-    with explained(folder), scratch_beside(folder) as scratch:
+    with explained(folder), scratch_beside(target := _resolved(folder)) as scratch:
         built = scratch / "new"
         built.mkdir()
         yield built
         _settle(built)
-        replace_folder(built, folder)
+        replace_folder(built, target)
 
 
 def write_text(path: Path, text: str) -> Path:
     """Write a file whole, in UTF-8; a reader finds the old one or the new one. Gives back the path as it was given."""
-    target = Path(os.path.realpath(path))
-    with explained(path), scratch_beside(target) as scratch:
+    with explained(path), scratch_beside(target := _resolved(path)) as scratch:
         built = scratch / "new"
         with built.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
@@ -60,6 +58,11 @@ def write_text(path: Path, text: str) -> Path:
         os.replace(built, target)
         _flush(target.parent)
     return path
+
+
+def _resolved(path: Path) -> Path:
+    """Where it really is, so that a link stays a link to what is new."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager

@@ -258,6 +258,9 @@ class Calls(Book):
 
     @step(column=columns())
     def set_adapter(self, column: Any) -> None:
+        self.set_adapter_now(column)
+
+    def set_adapter_now(self, column: Any) -> None:
         self.call(lambda: self.lab.set_adapter(column))
         self.selection = parts_of(column)
         self.enabled = self.enabled or bool(self.selection)
@@ -419,7 +422,7 @@ class Calls(Book):
         plain.zero_grad()
         held.take(self.own(name))
 
-    @step(has_adapters, name=ours(), which=st.integers(0, 30), how=st.integers(0, 4))
+    @step(has_adapters, name=ours(), which=st.integers(0, 30), how=st.sampled_from([0, 1, 2, 2, 3, 4]))
     def edit_in_place(self, name: str, which: int, how: int) -> None:
         """Change one tensor by hand, in ways that version counters do not all see."""
         mine, tensors = self.own(name), copied(self.held[name].tensors)
@@ -688,6 +691,8 @@ class Calls(Book):
     )
     def do_natively(self, what: str, number: int) -> None:
         model: Any = self.lab.model
+        if what not in ("base flags", "intruder") and self.held:  # the others are for one adapter that acts alone
+            self.set_adapter_now(list(self.held)[number % len(self.held)])
         parts = self.acting
         single = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else None
         if what == "base flags":
