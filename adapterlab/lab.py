@@ -20,7 +20,6 @@ from adapterlab.errors import AdapterLabError
 from adapterlab.guards import Lent, Work, changes_state, exclusive, finish_left_over, put_back
 from adapterlab.looking import Looking
 from adapterlab.notices import say
-from adapterlab.pagetext import escape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -791,10 +790,13 @@ class AdapterLab(Looking):
 
     def _repr_html_(self) -> str:
         from adapterlab.inspection import summary_frame, summary_html
+        from adapterlab.pagetext import escape, without_maths
 
         adapters = self._seen_if_open()
         status = self._status(adapters)
-        return f"<p>{escape(status)}</p>" if adapters is None else summary_html(status, summary_frame(adapters))
+        if adapters is None:
+            return without_maths(f"<p>{escape(status)}</p>")
+        return summary_html(status, summary_frame(adapters))
 
     def panel(self) -> Widget:
         """The panel as a widget, to embed; each call makes a new one, all in step."""

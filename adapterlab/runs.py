@@ -103,9 +103,9 @@ class TrainingRun:
         return " · ".join(parts)
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from adapterlab.pagetext import escape, table_html, without_maths
 
-        return f"<p>{escape(self.describe())}</p>{self.history.tail(10).to_html(index=False, border=0)}"
+        return without_maths(f"<p>{escape(self.describe())}</p>{table_html(self.history.tail(10), border=0)}")
 
 
 def history_frame(log: list[dict[str, Any]]) -> pd.DataFrame:

@@ -24,6 +24,7 @@ import pytest
 from fakelab import HOSTILE as MARKUP
 from fakelab import FakeLab
 from huggingface_hub import ModelCard
+from standins import tiny_llama
 
 from adapterlab import AdapterLab, AdapterLabError, Comparison, Generation, TrainingRun
 from adapterlab.app import app_cell
@@ -217,7 +218,21 @@ PAGES: dict[str, Callable[[str], str]] = {
     "ranks": lambda text: ranks_table(ranks_of(text)),
     "summary": lambda text: summary_html(text, summary_of(text)),
     "preflight": lambda text: preflight_of(text)._repr_html_(),
+    "run": lambda text: run_of(text)._repr_html_(),
+    "closed lab": lambda text: closed_html(text),
 }
+
+
+def run_of(text: str) -> TrainingRun:
+    history = history_frame([{"step": 1, "loss": 1.0, "learning_rate": 0.1}])
+    return TrainingRun(text, text, history, ranks_frame([], []), 1, 2, 3.0, error=text, data=text)
+
+
+def closed_html(text: str) -> str:
+    lab = AdapterLab(tiny_llama())
+    lab.name = text
+    lab.close()
+    return lab._repr_html_()
 
 
 def verdict_row(text: str, error: float) -> dict[str, Any]:
@@ -277,7 +292,7 @@ def test_an_exported_page_loads_nothing_and_runs_nothing(hostile: str) -> None:
     assert "@import" not in comparison_page(comparison_of("x"))
 
 
-@pytest.mark.parametrize("sink", ["comparison", "summary", "preflight", "concatenation"])
+@pytest.mark.parametrize("sink", ["comparison", "summary", "preflight", "concatenation", "run", "closed lab"])
 def test_no_formula_is_made_of_dollars_in_a_cell(sink: str) -> None:
     """JupyterLab typesets what is between two of them, in all output but that of this class."""
     first = Page(PAGES[sink](HOSTILE["formula"])).shape[0]

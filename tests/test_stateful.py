@@ -757,7 +757,8 @@ class Calls(Book):
         """It is said at the next comparison, and `verify` says no."""
         key = sorted(self.tensors)[which % len(self.tensors)]
         pristine = everything(self.oracle.pristine)[key].detach()
-        self.tensors[key].data.add_(0.5)
+        # Each time another change: answers of the same changed weights may well be known.
+        self.tensors[key].data.add_(0.5 + self.comparisons / 64)
         try:
             told = "no longer those that this lab opened"
             comparison = self.call(lambda: self.lab.compare("Hi", [column], max_new_tokens=2), told)
