@@ -794,8 +794,8 @@ def broken_folders(root: Path, folder: Path) -> dict[str, Path]:
     for label in ("cut", "garbled", "empty", "base", "shapes", "config"):
         found[label] = root / label
         shutil.copytree(folder, found[label])
-    content = (folder / file).read_bytes()
-    (found["cut"] / file).write_bytes(content[: len(content) // 2])
+    whole = (folder / file).read_bytes()
+    (found["cut"] / file).write_bytes(whole[: len(whole) // 2])
     (found["garbled"] / file).write_bytes(b"no tensors at all")
     (found["empty"] / file).unlink()
     tensors = load_file(str(folder / file))
