@@ -12,6 +12,7 @@ import dis
 import functools
 import hashlib
 import itertools
+import logging
 import signal
 import sys
 import warnings
@@ -124,8 +125,16 @@ class Checks(Tracer):
     def _event(self, frame: FrameType, event: str, argument: Any) -> None:
         if frame.f_code is Tracer.__exit__.__code__ or argument is sys.setprofile:
             return
-        if event in ("call", "c_return"):
+        # Not within logging: its lock would stay taken, and every thread of the tests to come would wait for it.
+        if event in ("call", "c_return") and frame.f_code.co_filename != logging.__file__:
             self.moment(frame, event)
+
+
+@pytest.fixture(autouse=True)
+def _loggings_lock_is_free() -> Iterator[None]:
+    yield
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(logging.getLogger("a name that is new").isEnabledFor, 10).result(60) is not None
 
 
 # ----- what a lab is -----
