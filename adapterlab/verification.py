@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
+from adapterlab.equation import multiplier_obstacle
 from adapterlab.fingerprints import base_digest, column_digest
 from adapterlab.generation import compute_logprobs
 from adapterlab.mounts import plain_peft, skeleton
@@ -58,9 +59,8 @@ def _verify_one(
     wanted = Column(generation.asked)
     row: dict[str, Any] = {"prompt": generation.prompt, "column": generation.column}
     gone = [name for name in wanted.names if name not in adapters.records]
-    notes = []
-    if gone:
-        notes.append(f"{', '.join(gone)} is no longer in the lab")
+    notes = [f"{', '.join(gone)} is no longer in the lab"] if gone else _other_methods(adapters, wanted)
+    if notes:
         return {**row, "weights_agree": False, "active_agree": False, "logprob_error": float("nan"),
                 "tokens_agree": False, "agrees": False, "note": "; ".join(notes)}  # fmt: skip
     digest = column_digest((m, expected[name]) for name, m in wanted.parts) if wanted.parts else adapters.base_reference
@@ -83,6 +83,15 @@ def _verify_one(
     agrees = weights_agree and active_agree and tokens_agree
     return {**row, "weights_agree": weights_agree, "active_agree": active_agree, "logprob_error": error,
             "tokens_agree": tokens_agree, "agrees": agrees, "note": "; ".join(notes)}  # fmt: skip
+
+
+def _other_methods(adapters: Adapters, column: Column) -> list[str]:
+    """Names of a blend that have since been given to adapters which follow no multiplier, in words."""
+    if column.single is not None:
+        return []
+    layers = {name: adapters.mounts.adapters[name].layers for name in column.names}
+    others = [name for name, own in layers.items() if multiplier_obstacle(own, name) is not None]
+    return [f"{', '.join(others)} is another adapter now, which has no part in a blend"] if others else []
 
 
 def _plain_logprobs(

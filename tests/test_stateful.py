@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
-from oracle import Kind, Oracle, Parts, content, copied, forward, own_tensors
+from oracle import Kind, Oracle, Parts, copied, forward, own_tensors
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stateful_book import (
@@ -762,9 +762,7 @@ class Calls(Book):
         try:
             told = "no longer those that this lab opened"
             comparison = self.call(lambda: self.lab.compare("Hi", [column], max_new_tokens=2), told)
-            where = ("another base", key, content(parts_of(column), self.held), parts_of(column))
-            assert where in self.finished or not any(g.cached for g in comparison.generations)
-            self.finished.add(where)
+            assert not any(g.cached for g in comparison.generations)
             assert not self.call(lambda: self.lab.verify(comparison))["agrees"].any()
         finally:
             self.tensors[key].data.copy_(pristine)

@@ -136,3 +136,19 @@ def test_nothing_to_verify(full_lab: AdapterLab) -> None:
     comparison.model["name"] = "another"
     with pytest.raises(AdapterLabError, match="made on 'another'"):
         full_lab.verify(comparison)
+
+
+@pytest.mark.parametrize("kind", ["loha", "dora"])
+def test_a_blend_whose_name_another_method_has_now(full_lab: AdapterLab, kind: str) -> None:
+    """It ended in an AttributeError, since LoHa has no part in a blend (found by test_stateful.py)."""
+    comparison = full_lab.compare("Hi", columns=["wide", {"pirate": 0.5, "wide": 1.0}], max_new_tokens=2)
+    full_lab.delete_adapter("pirate")
+    method = {"loha": "loha", "dora": "lora"}[kind]
+    fields = {"use_dora": True} if kind == "dora" else {}
+    full_lab.add_adapter(method, "pirate", target_modules=["q_proj"], **fields)
+    frame = full_lab.verify(comparison).set_index("column")
+    assert bool(frame.loc["wide", "agrees"])
+    row = frame.loc["pirate × 0.5 + wide"]
+    assert not row["agrees"]
+    assert not row["weights_agree"]
+    assert "pirate is another adapter now" in row["note"]
