@@ -10,7 +10,6 @@ import faulthandler
 import random
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +69,7 @@ class Stress:
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.over = threading.Event()
+        self.begun = threading.Event()  # the first piece is done, or something is wrong
         self.closing = False  # which stops what runs
 
     def check(self, comparison: Comparison) -> None:
@@ -92,6 +92,7 @@ class Stress:
             try:
                 pieces[name](numbers, number)
                 self.done[name] += 1
+                self.begun.set()
             except AdapterLabError as error:
                 if not is_expected(str(error)):
                     self.fail(name, error)
@@ -104,6 +105,7 @@ class Stress:
 
         self.wrong.append(f"{name}: {''.join(traceback.format_exception(error))[-1500:]}")
         self.over.set()
+        self.begun.set()
 
 
 def is_expected(said: str) -> bool:
@@ -423,8 +425,7 @@ def close_while_others_wait(stress: Stress, turn: int) -> None:
     with watchdog(LIMIT):
         for thread in threads:
             thread.start()
-        while not stress.done and not stress.wrong:
-            time.sleep(0.01)  # nothing tells of the first piece that is done
+        stress.begun.wait()
         stress.closing = True
         lab.close()
         stress.over.set()
