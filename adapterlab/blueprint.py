@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterlab.errors import AdapterLabError
-from adapterlab.quiet import quiet
+from adapterlab.quiet import quiet, warnings_ignored
 
 if TYPE_CHECKING:
     import torch
@@ -139,6 +138,5 @@ def stored_settings(config: PretrainedConfig, title: str) -> Any:
             f"{title} is quantised by {method}: only plain weights and bitsandbytes' can be estimated. Open it, and look at "
             "lab.memory()."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fields of other versions
+    with warnings_ignored():  # fields of other versions
         return BitsAndBytesConfig.from_dict(raw)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import AdapterLabError
+from adapterlab.quiet import warnings_ignored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,12 +228,10 @@ def _experts(layer: Any, name: str) -> Row:
 def _formed(layer: Any, name: str, path: str) -> Row:
     """Any other method: PEFT merges the adapter into a float64 copy of the layer, which is dropped."""
     import copy
-    import warnings
 
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's remarks on merging: this copy is never run
+    with warnings_ignored():  # PEFT's remarks on merging: this copy is never run
         try:
             twin = copy.deepcopy(layer).double()
             before = {key: p.detach().clone() for key, p in twin.get_base_layer().named_parameters()}

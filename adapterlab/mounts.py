@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from adapterlab.errors import AdapterLabError
 from adapterlab.guards import put_back
 from adapterlab.patterns import check_patterns
 from adapterlab.quantization import keep_8bit_scales, keep_quantized_dtype
+from adapterlab.quiet import quiet, warnings_ignored
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -376,9 +376,9 @@ def adapter_state(model: Any, name: str) -> dict[str, Any]:
     """The tensors of an adapter that is in `model`, under the keys PEFT saves but without its prefix; not copied."""
     from peft import get_peft_model_state_dict
 
-    with _full_rank_pattern(model.peft_config[name]), warnings.catch_warnings():
-        # PEFT takes a lora_bias or a triplet pruned to rank 0 for a shard that DeepSpeed forgot to gather.
-        warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape")
+    # PEFT takes a lora_bias or a triplet pruned to rank 0 for a shard that DeepSpeed forgot to gather.
+    not_sharded = warnings_ignored(r".*LoRA tensor\(s\) have invalid shape")
+    with _full_rank_pattern(model.peft_config[name]), not_sharded:
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
@@ -410,8 +410,6 @@ def prefixed(state: dict[str, Any]) -> dict[str, Any]:
 def plain_peft(model: Any, config: PeftConfig, state: dict[str, Any], name: str) -> Any:
     """A `PeftModel` around `model` with these tensors in it, by PEFT's public calls alone: the lab's second opinion."""
     from peft import get_peft_model, set_peft_model_state_dict
-
-    from adapterlab.quiet import quiet
 
     with quiet(), _stand_ins(model):
         plain = get_peft_model(model, config, adapter_name=name)
@@ -486,8 +484,7 @@ def unwrap(model: Any) -> None:
 
 def heal(layer: Any, name: str) -> None:
     """Bring one tuner layer back to: only `name` in it, active, enabled, unmerged."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's remarks on each of these steps; the lab has said what it undoes
+    with warnings_ignored():  # PEFT's remarks on each of these steps; the lab has said what it undoes
         if getattr(layer, "merged", False) and hasattr(layer, "unmerge"):
             layer.unmerge()
         for other in [a for a in getattr(layer, "_get_available_adapters", set)() if a != name]:

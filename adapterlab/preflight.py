@@ -14,6 +14,7 @@ from adapterlab.methods import check_config, method_label
 from adapterlab.mounts import PREFIX, adapter_state, inject, skeleton, unwrap
 from adapterlab.pagetext import escape, table_html, without_maths
 from adapterlab.quantization import base_module, packed_as, packed_objection, packed_obstacle
+from adapterlab.quiet import warnings_ignored
 from adapterlab.weights import header_shapes as header_shapes
 from adapterlab.weights import read_weights as read_weights
 
@@ -153,13 +154,10 @@ def read_config(raw: dict[str, Any], source: str) -> PeftConfig:
 
 def make_known_config(raw: dict[str, Any]) -> PeftConfig:
     """PEFT's config of a mapping whose method it knows, fields that it does not know left out. Raises what PEFT raises."""
-    import warnings
-
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     known = {key: value for key, value in raw.items() if key not in ("auto_mapping", "peft_version")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # newer PEFT wrote this file
+    with warnings_ignored("Unexpected keyword arguments"):  # newer PEFT wrote this file
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]].from_peft_type(**known)
     config.inference_mode = True
     return config

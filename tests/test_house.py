@@ -79,9 +79,10 @@ def test_arrows(path: Path) -> None:
     elif path.name not in ("lab.py", "cli.py"):
         assert not {name for name in inner if name.startswith("adapterlab.widgets")}, "only the façade opens the panel"
     if path.parent.name == "plots":
-        assert {n for n in inner if not n.startswith("adapterlab.plots")} <= {"adapterlab.errors"}, (
-            "plots see DataFrames only"
-        )
+        assert {n for n in inner if not n.startswith("adapterlab.plots")} <= {
+            "adapterlab.errors",
+            "adapterlab.quiet",
+        }, "plots see DataFrames only"
         assert not {n for n in imports(path, everywhere=True) if n.split(".")[0] in {"torch", "transformers", "peft"}}
     if path.name == "errors.py":
         assert not inner

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from adapterlab.plots.style import INK
+from adapterlab.quiet import warnings_ignored
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -62,9 +62,8 @@ def page_style() -> Iterator[None]:
              "xtick.color", "ytick.color")  # fmt: skip
     grounds = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
     changed = dict.fromkeys(lines, INK) | dict.fromkeys(grounds, "none") | {"svg.fonttype": "none"}
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
-        # The page has fonts of its own, and more of them: nothing is amiss where matplotlib's lack a character.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    # The page has fonts of its own, and more of them: nothing is amiss where matplotlib's lack a character.
+    with _ONE_AT_A_TIME, warnings_ignored("Glyph .* missing from", UserWarning):
         fonts = {key: rcParams[key] for key in ("font.family", "font.sans-serif")}  # those the user has chosen
         with style.context("default"):
             rcParams.update(changed | fonts)
