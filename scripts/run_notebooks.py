@@ -1,6 +1,9 @@
 """Runs notebooks from top to bottom and writes their outputs into them, without what only lives in a kernel.
 
-    python scripts/run_notebooks.py [notebooks/quickstart.ipynb ...]
+    python scripts/run_notebooks.py [--real-hub] [notebooks/quickstart.ipynb ...]
+
+The Hub's names are answered by stand-ins (tests/standins.py: published shapes and formats, random weights) unless
+`--real-hub` says otherwise.
 
 Widgets need a kernel, and a notebook that carries their state is refused by GitHub: both are left out. So are
 progress bars and other lines on stderr. Cells tagged nbval-skip are not run.
@@ -8,7 +11,10 @@ progress bars and other lines on stderr. Cells tagged nbval-skip are not run.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +64,18 @@ def settled(output: Any) -> Any:
 
 
 def main() -> None:
-    paths = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "notebooks").glob("*.ipynb"))
-    for path in paths:
-        run(path)
-        print(path)
+    names = [name for name in sys.argv[1:] if name != "--real-hub"]
+    paths = [Path(name).resolve() for name in names] or sorted((ROOT / "notebooks").rglob("*.ipynb"))
+    with contextlib.ExitStack() as hub:
+        if "--real-hub" not in sys.argv:
+            sys.path.insert(0, str(ROOT / "tests"))
+            from standins import hub_for_kernels
+
+            hub.enter_context(hub_for_kernels(Path(hub.enter_context(tempfile.TemporaryDirectory()))))
+        for path in paths:
+            began = time.monotonic()
+            run(path)
+            print(f"{path.relative_to(ROOT)}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -561,6 +561,10 @@ def _full_size_weights(seed: int) -> dict[str, torch.Tensor]:
     for name, tensor in shapes.items():
         copies = -(-tensor.numel() // block.numel())
         values = block.repeat(copies)[: tensor.numel()].reshape(tensor.shape).clone()
+        if name.endswith("embed_tokens.weight"):
+            values[len(json.loads(_trained_bpe())["model"]["vocab"]) :] = (
+                0  # tied: it says what its tokenizer can spell
+            )
         weights[name] = values + 1 if "layer_norm.weight" in name else values
     return weights
 
@@ -818,6 +822,32 @@ class _HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+
+
+@contextmanager
+def hub_for_kernels(folder: Path) -> Iterator[StandinHub]:
+    """A Hub on loopback with both stand-ins of opt-350m at their published sizes, for processes that are started inside.
+
+    Everything is kept in `folder`: what the Hub serves (0.7 GB) and the cache that is filled from it.
+    """
+    repos = {
+        OPT_350M: write_opt_350m(folder / "opt-350m", full=True),
+        OPT_350M_LORA: write_opt_350m_lora(folder / "opt-350m-lora", full=True),
+    }
+    with StandinHub(repos) as hub, ExitStack() as undo:
+        variables = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        }
+        for name, value in variables.items():
+            before = os.environ.get(name)
+            undo.callback(os.environ.pop, name, None)
+            if before is not None:
+                undo.callback(os.environ.__setitem__, name, before)
+            os.environ[name] = value
+        yield hub
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import logits_of
 from standins import tiny_llama
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError, AdapterLabWarning
 

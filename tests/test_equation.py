@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import standins
 import torch
-from conftest import adapter_configs, logits_of
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_adapters import adapter_configs, logits_of
 
 from adapterlab import AdapterLab, AdapterLabError
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import standins
 import torch
-from conftest import adapter_configs
 from peft import IA3Config, LoraConfig, PeftModel
+from tiny_adapters import adapter_configs
 from torch import nn
 
 from adapterlab import fingerprints

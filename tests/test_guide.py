@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of
 from standins import StandinHub, hub_environment, write_opt_350m, write_opt_350m_lora
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError
 

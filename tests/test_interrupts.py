@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, linear
 from adapterlab.generation import eval_mode

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of
 from standins import tiny_llama, tiny_tokenizer
+from tiny_adapters import logits_of
 from transformers import TrainerCallback
 
 from adapterlab import AdaLoraCallback, AdapterLab, AdapterLabError, scoring

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import standins
 import torch
-from conftest import logits_of
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import standins
 import torch
-from conftest import logits_of
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import standins
 import torch
-from conftest import logits_of
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError, Preflight
 

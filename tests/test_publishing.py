@@ -21,7 +21,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import SEEDS, adapter_configs, logits_of
 from huggingface_hub import ModelCard
 from matplotlib import rc_context, style
 from matplotlib.image import imread
@@ -38,6 +37,7 @@ from standins import (
     tiny_tokenizer,
     write_model,
 )
+from tiny_adapters import SEEDS, adapter_configs, logits_of
 
 from adapterlab import AdapterLab, AdapterLabError, AdapterLabWarning, TrainingRun
 from adapterlab.cards import base_of

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import standins
 import torch
-from conftest import adapter_configs, logits_of
 from peft import PeftModel
+from tiny_adapters import adapter_configs, logits_of
 
 from adapterlab import AdapterLab, AdapterLabError, AdapterLabWarning, Comparison, TrainingRun
 from adapterlab.hub import resolve_adapter

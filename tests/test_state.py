@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of
 from safetensors.torch import load_file, save_file
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError, AdapterLabWarning
 

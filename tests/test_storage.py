@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import standins
 import torch
-from conftest import logits_of
 from peft import PeftModel
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, AdapterLabError
 

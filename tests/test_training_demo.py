@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import logits_of
+from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab
 from adapterlab.demo import DEMO_MARKERS, demo_training_pairs, fetch_demo_model, held_out_questions
