@@ -2,8 +2,8 @@
 
 Each operation runs once to count the moments at which it could be cut: every line of the package, and every entry of a
 function and return of a C function anywhere (where Python really looks for signals). Then it runs again and again, cut at one
-of them each time. The short form takes lines after changes of the state and a sample of the rest; `--long` takes every line
-that is run, at its first time and after each change, and a sample of the other times.
+of them each time. Both forms take lines after changes of the state and a sample of the rest, spread evenly; `--long` takes some
+thirty times as many.
 """
 
 from __future__ import annotations
@@ -319,7 +319,9 @@ TRAININGS = {
     "train a new one": train("new", method="lora", r=2, target_modules=["v_proj"]),
     "train AdaLoRA": train("new", method="adalora", init_r=3, target_r=1, target_modules=["v_proj"]),
 }
-SHORT = {"lines": 6, "checks": 2}  # moments of each operation; of the lines, half are those after a change
+# moments of each operation; of the lines, half are those after a change
+SHORT = {"lines": 6, "checks": 2}
+LONG = {"lines": 200, "checks": 50}  # about an hour in all
 
 
 @pytest.fixture(scope="module")
@@ -348,9 +350,7 @@ def spread(numbers: list[int], count: int, shift: int) -> list[int]:
 def line_moments(run: Operation, lab: AdapterLab, bench: Bench, shift: int, long: bool) -> list[int]:
     with Lines(look=looker(lab)) as counted:
         run(lab, bench)
-    if long:
-        return sorted({*counted.firsts.values(), *counted.changes.values(), *range(1, counted.seen, 101)})
-    count = SHORT["lines"] // 2
+    count = (LONG if long else SHORT)["lines"] // 2
     changes, firsts = sorted(counted.changes.values()), sorted(counted.firsts.values())
     return sorted({*spread(changes, count, shift), *spread(firsts, count, shift)})
 
@@ -358,7 +358,7 @@ def line_moments(run: Operation, lab: AdapterLab, bench: Bench, shift: int, long
 def check_moments(run: Operation, lab: AdapterLab, bench: Bench, shift: int, long: bool) -> list[int]:
     with Checks() as counted:
         run(lab, bench)
-    return spread(list(range(1, counted.seen + 1)), 150 if long else SHORT["checks"], shift)
+    return spread(list(range(1, counted.seen + 1)), (LONG if long else SHORT)["checks"], shift)
 
 
 def cut(tracer: Tracer, run: Operation, lab: AdapterLab, bench: Bench) -> bool:
@@ -545,7 +545,7 @@ def test_opening_cut_short_gives_the_model_back(bench: Bench, long: bool) -> Non
         with kind() as counted:
             run(model, None)
         assert told(model) == before
-        for moment in spread(list(range(1, counted.seen + 1)), 400 if long else 8, 3):
+        for moment in spread(list(range(1, counted.seen + 1)), 150 if long else 8, 3):
             tracer = kind(moment)
             assert cut(tracer, run, model, bench)
             assert told(model) == before, f"cut at {tracer.where}"
@@ -564,7 +564,7 @@ def test_opening_a_saved_lab_cut_short_gives_the_model_back(bench: Bench, long: 
 
     with Lines() as counted:
         run(model, None)
-    for moment in spread(list(range(1, counted.seen + 1)), 300 if long else 6, 5):
+    for moment in spread(list(range(1, counted.seen + 1)), 100 if long else 6, 5):
         tracer = Lines(moment)
         assert cut(tracer, run, model, bench)
         assert [p.requires_grad for p in model.parameters()] == flags, tracer.where

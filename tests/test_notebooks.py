@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,60 @@ class TestEveryNotebook:
                 assert not (output.output_type == "stream" and output.name == "stderr"), cell.source
                 assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), cell.source
 
+    def test_its_links_lead_somewhere(self, path: Path) -> None:
+        for cell in read(path).cells:
+            if cell.cell_type == "markdown":
+                for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", cell.source):
+                    assert (path.parent / target).resolve().exists(), target
+
     def test_it_compares_facts(self, path: Path) -> None:
         facts = [cell for cell in code(read(path)) if "# NBVAL_CHECK_OUTPUT" in cell.source]
         assert facts, "no cell is compared"
         assert all(cell.outputs for cell in facts), "run scripts/run_notebooks.py: nbval compares with what is written"
+
+
+JAPANESE = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
+IN_JAPANESE = [path for path in NOTEBOOKS if path.parent.name == "ja"]
+
+
+def twin(path: Path) -> Path:
+    return path.parent.parent / path.name
+
+
+def told_apart(english: str, japanese: str) -> tuple[str, str]:
+    """Both as what they do: without comments, and without the words of strings that the second says in Japanese."""
+    trees = [ast.parse(re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.MULTILINE)) for source in (english, japanese)]
+    for ours, theirs in zip(*(list(ast.walk(tree)) for tree in trees)):
+        if not isinstance(ours, ast.Constant) or not isinstance(theirs, ast.Constant):
+            continue
+        if isinstance(ours.value, str) and isinstance(theirs.value, str) and JAPANESE.search(theirs.value):
+            ours.value = theirs.value = ""
+    return ast.dump(trees[0]), ast.dump(trees[1])
+
+
+@pytest.mark.parametrize("path", IN_JAPANESE, ids=lambda path: path.name)
+class TestInStepWithTheEnglish:
+    def test_the_same_cells_in_the_same_order(self, path: Path) -> None:
+        english, japanese = read(twin(path)).cells, read(path).cells
+        assert [cell.cell_type for cell in japanese] == [cell.cell_type for cell in english]
+        for theirs, ours in zip(english, japanese):
+            assert ours.metadata.get("tags") == theirs.metadata.get("tags")
+            if ours.cell_type == "code":
+                first, second = told_apart(theirs.source, ours.source)
+                assert second == first, ours.source
+                assert ("# NBVAL_CHECK_OUTPUT" in ours.source) == ("# NBVAL_CHECK_OUTPUT" in theirs.source)
+
+    def test_the_same_headings_blocks_and_numbers_of_links(self, path: Path) -> None:
+        for theirs, ours in zip(read(twin(path)).cells, read(path).cells, strict=True):
+            if ours.cell_type == "markdown":
+                assert JAPANESE.search(ours.source), ours.source
+                for pattern in (r"^#+(?= )", r"^```\w*$", r"\]\("):
+                    found = [re.findall(pattern, text, re.MULTILINE) for text in (ours.source, theirs.source)]
+                    assert found[0] == found[1], ours.source
+
+
+def test_told_apart_sees_what_matters() -> None:
+    assert len(set(told_apart("print('a', 1)  # b", "print('あ', 1)"))) == 1
+    assert len(set(told_apart("print('a', 1)", "print('あ', 2)"))) == 2
+    assert len(set(told_apart("f('a')", "f('b')"))) == 2
+    assert len(set(told_apart("f(a)", "f(b)"))) == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from standins import tiny_llama, tiny_tokenizer, write_adapter, write_model
 
 from adapterlab import AdapterLab
 
@@ -30,6 +32,15 @@ def adapter_configs() -> dict[str, Any]:
         "ada": AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"]),
         "dora": LoraConfig(r=4, use_dora=True, target_modules=["v_proj", "up_proj"]),
     }
+
+
+def tiny_demo(folder: Path) -> AdapterLab:
+    """What `AdapterLab.demo()` gives, in small: a model that chats, and adapters of the same names and methods."""
+    configs = adapter_configs()
+    lab = AdapterLab(write_model(folder / "base", tiny_llama(), tiny_tokenizer(chat=True)))
+    for seed, (name, like) in enumerate({"pirate": "pirate", "robot": "poet", "bard": "ada"}.items()):
+        lab.load_adapter(write_adapter(folder / name, tiny_llama(), configs[like], seed=seed), name)
+    return lab
 
 
 def logits_of(lab: AdapterLab, ids: torch.Tensor) -> torch.Tensor:
