@@ -697,6 +697,16 @@ class TestWhileGenerating:
         assert lab.last["base"].finish_reason == "stopped"
 
 
+def test_a_lost_word_of_the_end_does_not_lock_the_panel(panel: Panel, lab: FakeLab) -> None:
+    """Ctrl-C can cut off the word that somebody's comparison has ended."""
+    panel.state.elsewhere = True
+    panel.prompt.text.value = "Well?"
+    panel.prompt.generate.click()
+    lab.wait()
+    assert len(lab.history) == 1
+    assert not panel.state.elsewhere
+
+
 def test_two_threads_that_change_the_state_do_not_meet_in_a_part_of_the_panel(panel: Panel, lab: FakeLab) -> None:
     """A click is handled while the worker still tells the parts that it is done: both redraw the list of results."""
     inside, entered, errors = threading.Event(), [], []

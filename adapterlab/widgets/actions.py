@@ -332,6 +332,8 @@ class Actions:
         """Start what takes long; refused while the lab is at it for somebody else."""
         if not self._state.busy:
             if self._state.elsewhere:
+                self.note_running()  # the word of its end is lost where Ctrl-C cut it off
+            if self._state.elsewhere:
                 self._state.notice = ELSEWHERE
                 return
             self._stop.clear()
