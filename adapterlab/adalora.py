@@ -25,7 +25,13 @@ HISTORY_COLUMNS = ["step", "budget", "total_rank", "orthogonality", "threshold",
 class AdaLoraCallback(TrainerCallback):
     """Give AdaLoRA its rank allocation and its orthogonal term under a plain `transformers.Trainer`.
 
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[AdaLoraCallback()])
+    >>> lab.add_adapter("adalora", "mine", init_r=4, target_r=2)
+    >>> callback = AdaLoraCallback()
+    >>> trainer = Trainer(model=lab.model, args=args, train_dataset=data, callbacks=[callback])
+    >>> output = trainer.train()
+    {'train_runtime': ...}
+    >>> sum(map(sum, callback.rank_pattern.values())) == 2 * len(callback.rank_pattern)
+    True
 
     model: a transformers model with a native AdaLoRA adapter (`lab.model`, or after `model.add_adapter`), or PEFT's
     `PeftModel`. adapter_name: which one, where there are several.
@@ -129,7 +135,13 @@ class AdaLoraCallback(TrainerCallback):
     @property
     def history(self) -> pd.DataFrame:
         """One row per optimizer step: step (from 1), budget (planned), total_rank (kept), orthogonality, threshold (the
-        score that the kept are above; NaN where nothing was pruned), revived (triplets that came back)."""
+        score that the kept are above; NaN where nothing was pruned), revived (triplets that came back).
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> callback.history["step"].tolist()
+        [1, 2, 3, 4, 5, 6, 7, 8]
+        """
         import pandas as pd
 
         rows = [{**row, "orthogonality": _number(row["orthogonality"])} for row in self._steps]
@@ -138,21 +150,46 @@ class AdaLoraCallback(TrainerCallback):
 
     @property
     def ranks(self) -> pd.DataFrame:
-        """One row per pruning and layer: step, layer, module, rank, score (the mean of its triplets')."""
+        """One row per pruning and layer: step, layer, module, rank, score (the mean of its triplets').
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> callback.ranks.equals(run.ranks)
+        True
+        """
         return ranks_frame(self.allocator.paths if self.allocator else [], self._pruned)
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """Which triplets stay, by the layer's path."""
+        """Which triplets stay, by the layer's path.
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> [sum(kept) for kept in callback.rank_pattern.values()] == lab.ranks("mine")["rank"].tolist()
+        True
+        """
         return self._running().pattern()
 
     def last(self) -> dict[str, float]:
-        """Orthogonality, budget and total rank after the newest step, for a log."""
+        """Orthogonality, budget and total rank after the newest step, for a log.
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> sorted(callback.last())
+        ['budget', 'orthogonality', 'total_rank']
+        """
         newest = self._steps[-1] if self._steps else {}
         return {key: _number(newest[key]) for key in ("orthogonality", "budget", "total_rank") if key in newest}
 
     def finish(self) -> None:
-        """End the run, wherever it is: λ of what does not stay is 0, and the config knows the pattern. Twice is once."""
+        """End the run, wherever it is: λ of what does not stay is 0, and the config knows the pattern. Twice is once.
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> callback.finish()
+        >>> callback.last()["total_rank"] == int(lab.ranks("mine")["rank"].sum())
+        True
+        """
         if self._config is None or self.allocator is None:
             return
         if any(not bool(kept.all()) for kept in self.allocator.kept):
@@ -165,14 +202,28 @@ class AdaLoraCallback(TrainerCallback):
         self._tuner = self._config = None
 
     def forget_step(self, step: int, kept: list[Tensor]) -> None:
-        """Step `step` is taken back: what stays is what stayed before it."""
+        """Step `step` is taken back: what stays is what stayed before it.
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> callback.forget_step(8, callback.allocator.kept)
+        >>> len(callback.history)
+        7
+        """
         if self.allocator is not None:
             self.allocator.kept = kept
         self._steps = [row for row in self._steps if row["step"] < step]
         self._pruned = [row for row in self._pruned if row["step"] < step]
 
     def save(self, folder: Path) -> None:
-        """Write averages, pattern and history into `folder`."""
+        """Write averages, pattern and history into `folder`.
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> callback.save(folder)
+        >>> (folder / "adalora_state.safetensors").is_file()
+        True
+        """
         from safetensors.torch import save_file
 
         told = {
@@ -184,7 +235,15 @@ class AdaLoraCallback(TrainerCallback):
         save_file(state, str(folder / STATE_FILE), metadata=told)
 
     def restore(self, folder: Path, *, history: bool = True) -> None:
-        """Take over what `save` wrote; `AdapterLabError` if it is not there: the allocation can't go on without it."""
+        """Take over what `save` wrote; `AdapterLabError` if it is not there: the allocation can't go on without it.
+
+        >>> callback = AdaLoraCallback()
+        >>> run = lab.train("mine", pairs, method="adalora", max_steps=8, callbacks=[callback])
+        >>> callback.save(folder)
+        >>> callback.restore(folder)
+        >>> len(callback.history)
+        8
+        """
         from safetensors import safe_open
 
         file = folder / STATE_FILE

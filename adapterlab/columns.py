@@ -23,6 +23,9 @@ class Column:
 
     Multiplier 0 is base and 1 is the adapter, so parts at 0 are left out. The order of the parts is the
     order in which they were given; it changes the label and nothing else.
+
+    >>> Column.of({"pirate": 0.7, "robot": 0.3}).parts
+    (('pirate', 0.7), ('robot', 0.3))
     """
 
     parts: tuple[tuple[str, float], ...] = ()
@@ -33,6 +36,11 @@ class Column:
 
         Raises `AdapterLabError` for anything else, a name given twice or a multiplier that is no finite number.
         Whether the names exist is for the lab to say: see `Column.check`.
+
+        >>> Column.of(["pirate", "robot"]) == Column.of({"pirate": 1, "robot": 1})
+        True
+        >>> Column.of("base").parts
+        ()
         """
         if isinstance(value, Column):
             return cls(_checked_parts(list(value.parts)))
@@ -52,30 +60,58 @@ class Column:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters that act."""
+        """Names of the adapters that act.
+
+        >>> Column.of({"pirate": 0.7, "robot": 0.3}).names
+        ('pirate', 'robot')
+        """
         return tuple(name for name, _ in self.parts)
 
     @property
     def is_base(self) -> bool:
+        """Whether nothing acts but the base.
+
+        >>> Column.of({"pirate": 0}).is_base
+        True
+        """
         return not self.parts
 
     @property
     def single(self) -> str | None:
-        """The adapter's name if one adapter acts alone at multiplier 1: what PEFT itself can run."""
+        """The adapter's name if one adapter acts alone at multiplier 1: what PEFT itself can run.
+
+        >>> Column.of("pirate").single, Column.of({"pirate": 0.5}).single
+        ('pirate', None)
+        """
         return self.parts[0][0] if len(self.parts) == 1 and self.parts[0][1] == 1.0 else None
 
     @property
     def label(self) -> str:
-        """What a person reads: `base`, `pirate`, `pirate × 0.5`, `a + b`, `a × 0.7 + b × 0.3`."""
+        """What a person reads: `base`, `pirate`, `pirate × 0.5`, `a + b`, `a × 0.7 + b × 0.3`.
+
+        >>> Column.of({"pirate": 0.7, "robot": 1}).label
+        'pirate × 0.7 + robot'
+        """
         if self.is_base:
             return BASE
         return " + ".join(name if m == 1.0 else f"{name} × {m:g}" for name, m in self.parts)
 
     def as_dict(self) -> dict[str, float]:
+        """Name → multiplier, as `lab.active_adapters` has it; empty for base.
+
+        >>> Column.of(["pirate", "robot"]).as_dict()
+        {'pirate': 1.0, 'robot': 1.0}
+        """
         return dict(self.parts)
 
     def check(self, known: Iterable[str]) -> Column:
-        """Itself, if every name is one of `known`; otherwise an `AdapterLabError` that names those that are not."""
+        """Itself, if every name is one of `known`; otherwise an `AdapterLabError` that names those that are not.
+
+        >>> Column.of("pirat").check(lab.adapters)
+        Traceback (most recent call last):
+            ...
+        adapterlab.errors.AdapterLabError: No adapter named 'pirat'; the lab has 'pirate', 'robot', 'bard'. ...
+        """
         known = list(known)
         missing = [name for name in self.names if name not in known]
         if missing:

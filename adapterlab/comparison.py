@@ -28,6 +28,13 @@ class TokenEvent:
 
     `text` is what became readable with it, "" while a character is incomplete. `finish_reason` is None until the
     column's last event.
+
+    >>> events = []
+    >>> said = lab.generate("What is the moon?", "pirate", max_new_tokens=8, on_token=events.append)
+    >>> [event.position for event in events] == list(range(said.new_tokens))
+    True
+    >>> "".join(event.text for event in events) == said.text
+    True
     """
 
     prompt_index: int
@@ -50,6 +57,10 @@ class Generation:
     cached: taken from an earlier run of the lab with the same weights, prompt and settings; seconds, batched and
     batch_size are those of its making. first_difference: the first position at which the token is another than the
     base's in the same comparison, None without a base or a difference; tie: rounding alone could have made that one.
+
+    >>> said = lab.generate("What is the moon?", {"pirate": 0.5}, max_new_tokens=8)
+    >>> said.column, said.active_adapters, said.multipliers
+    ('pirate × 0.5', ('pirate',), (0.5,))
     """
 
     column: str
@@ -77,10 +88,22 @@ class Generation:
 
     @property
     def new_tokens(self) -> int:
+        """How many tokens it is.
+
+        >>> said = lab.generate("What is the moon?", "pirate", max_new_tokens=8)
+        >>> said.new_tokens == len(said.token_ids)
+        True
+        """
         return len(self.token_ids)
 
     @property
     def tokens_per_second(self) -> float:
+        """`new_tokens` per second of `seconds`; NaN where no time was measured.
+
+        >>> said = lab.generate("What is the moon?", "pirate", max_new_tokens=8)
+        >>> said.tokens_per_second == said.new_tokens / said.seconds
+        True
+        """
         return self.new_tokens / self.seconds if self.seconds > 0 else math.nan
 
     def __str__(self) -> str:
@@ -93,6 +116,12 @@ class Comparison:
     the memory that the lab took. Of a concatenation, `model` holds the names, and all that for each of its `labs`.
 
     `prompts` as they were given, `rendered` as the model saw them (chat template applied), `prompt_ids` unpadded.
+
+    >>> comparison = lab.compare(["What is the moon?", "Who are you?"], [None, "pirate"], max_new_tokens=8)
+    >>> len(comparison)
+    4
+    >>> comparison["pirate", 1].prompt
+    'Who are you?'
     """
 
     prompts: list[str]
@@ -108,7 +137,11 @@ class Comparison:
 
     @property
     def columns(self) -> list[str]:
-        """Labels, in the order of the columns."""
+        """Labels, in the order of the columns.
+
+        >>> lab.compare("What is the moon?", ["pirate", "base"], max_new_tokens=8).columns
+        ['pirate', 'base']
+        """
         return list(dict.fromkeys(generation.column for generation in self.generations))
 
     def __getitem__(self, key: ColumnLike | tuple[ColumnLike, int]) -> Generation:
@@ -138,6 +171,10 @@ class Comparison:
         base_megabytes, adapter_megabytes: the lab's memory in 10⁶ bytes, and peak_megabytes, what the run took on top at the
         most; missing where that is not known.
         lab_note: what else was not as in the first lab.
+
+        >>> frame = lab.compare("What is the moon?", [None, "pirate"], max_new_tokens=8).to_frame()
+        >>> frame.set_index("column")["active_adapters"].to_dict()
+        {'base': '', 'pirate': 'pirate'}
         """
         import pandas as pd
 
@@ -178,6 +215,10 @@ class Comparison:
         call, as long as the lab is open; otherwise it is NaN. A concatenation has more columns: lab, and
         first_lab_logprob, what the first lab's same column gave the same token after the same text; NaN from their first
         difference on, since there the texts are not the same.
+
+        >>> frame = lab.compare("What is the moon?", [None, "pirate"], max_new_tokens=8).tokens()
+        >>> list(frame.columns)
+        ['prompt_index', 'column', 'position', 'token', 'logprob', 'base_logprob']
         """
         import pandas as pd
 
@@ -218,14 +259,23 @@ class Comparison:
         return f"Comparison({len(self.prompts)} prompt(s) × {len(self.columns)} column(s): {'; '.join(heads)}{more})"
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page that stands alone, readable without a kernel. An existing file is replaced whole."""
+        """Write a page that stands alone, readable without a kernel. An existing file is replaced whole.
+
+        >>> lab.compare("What is the moon?", max_new_tokens=8).to_html(folder / "moon.html").name
+        'moon.html'
+        """
         from adapterlab.atomic import write_text
         from adapterlab.render import comparison_page
 
         return write_text(Path(path), comparison_page(self))
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything, base logprobs included while the lab is open. An existing file is replaced whole."""
+        """Write everything, base logprobs included while the lab is open. An existing file is replaced whole.
+
+        >>> written = lab.compare("What is the moon?", max_new_tokens=8).to_json(folder / "moon.json")
+        >>> Comparison.from_json(written) == lab.last
+        True
+        """
         from adapterlab.atomic import write_text
 
         self._fill_base_logprobs()
@@ -249,7 +299,13 @@ class Comparison:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Comparison:
-        """Read what `to_json` wrote. Raises `AdapterLabError` for anything else, saying what is wrong with it."""
+        """Read what `to_json` wrote. Raises `AdapterLabError` for anything else, saying what is wrong with it.
+
+        >>> written = lab.compare("What is the moon?", max_new_tokens=8).to_json(folder / "moon.json")
+        >>> lab.close()
+        >>> Comparison.from_json(written).columns
+        ['base', 'pirate', 'robot', 'bard']
+        """
         from adapterlab.comparison_files import read_parts
         from adapterlab.concatenation import check_labs
 
@@ -272,6 +328,12 @@ class Comparison:
 
         The labs may be closed by now: only `base_logprob` of `tokens()` needs them, and is NaN unless `tokens()`,
         `to_json()` or this was called while the lab was open.
+
+        >>> before = lab.compare("What is the moon?", [None, "pirate"], max_new_tokens=8)
+        >>> run = lab.train("pirate", pairs, max_steps=4)
+        >>> after = lab.compare("What is the moon?", ["pirate"], max_new_tokens=8)
+        >>> Comparison.concat([before, after], labels=["before", "after"]).columns
+        ['before · base', 'before · pirate', 'after · pirate']
         """
         from adapterlab.concatenation import checked_labels, make_concatenation
 

@@ -17,6 +17,12 @@ class AdapterLabError(Exception):
     """Something a user can mend: the message says what was wrong, which name or path, and what to do.
 
     The call that raised it has changed nothing.
+
+    >>> try:
+    ...     lab.set_adapter("pirat")
+    ... except AdapterLabError as error:
+    ...     print(error)
+    No adapter named 'pirat'; the lab has 'pirate', 'robot', 'bard'. ...
     """
 
     def __init__(self, *said: object) -> None:

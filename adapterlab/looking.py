@@ -76,7 +76,14 @@ class Looking:
 
     def summary(self) -> pd.DataFrame:
         """One row per adapter: adapter, method, r, parameters, megabytes (10⁶ bytes), share (of the base's
-        parameters), multiplier, active, trainable, status. Reads no weights and waits for nobody."""
+        parameters), multiplier, active, trainable, status. Reads no weights and waits for nobody.
+
+        >>> lab.summary()[["adapter", "method", "r", "status"]]
+          adapter   method     r  status
+        0  pirate     LORA     8  loaded
+        1   robot      IA3  <NA>  loaded
+        2    bard  ADALORA     4  loaded
+        """
         from adapterlab.inspection import summary_frame
 
         return summary_frame(self._seen())
@@ -90,13 +97,23 @@ class Looking:
         (the owner's whole file in its first row and 0 in the others: the file it was loaded from, or for an adapter that
         is on no disk the one that `save_adapter` would write; missing for a base without files), share_of_base (of the
         base's parameters). Reads no weights and waits for nobody.
+
+        >>> frame = lab.parameters().set_index("owner")
+        >>> int(frame.loc["pirate", "parameters"]) == lab.adapters["pirate"].parameters
+        True
         """
         from adapterlab.inspection import parameters_frame
 
         return parameters_frame(self._seen())
 
     def plot_parameters(self, ax: Axes | None = None) -> Figure:
-        """`parameters()` as bars: base against each adapter. Draws into `ax` if given; the figure shows itself."""
+        """`parameters()` as bars: base against each adapter. Draws into `ax` if given; the figure shows itself.
+
+        >>> figure = lab.plot_parameters()
+        >>> figure.savefig(folder / "parameters.png")
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['base', 'pirate', 'robot', 'bard']
+        """
         from adapterlab.plots import plot_parameters
 
         return _figure(plot_parameters(self.parameters(), ax=ax))
@@ -122,13 +139,23 @@ class Looking:
 
         Reads no weights, allocates nothing of size, changes nothing and waits for nobody. An adapter's own elements are its
         bytes, though they may lie in a storage that it shares with others.
+
+        >>> frame = lab.memory()
+        >>> int(frame.query("owner == 'pirate'")["bytes"].sum()) == lab.adapters["pirate"].bytes
+        True
         """
         from adapterlab.memory import memory_frame
 
         return memory_frame(self._seen(), self._finished, self._last_operation)
 
     def plot_memory(self, ax: Axes | None = None) -> Figure:
-        """`memory()` as stacked bars, one per device. Draws into `ax` if given; the figure shows itself."""
+        """`memory()` as stacked bars, one per device. Draws into `ax` if given; the figure shows itself.
+
+        >>> figure = lab.plot_memory()
+        >>> figure.savefig(folder / "memory.png")
+        >>> figure.axes[0].get_title("left")
+        'everything'
+        """
         from adapterlab.plots import plot_memory
 
         return _figure(plot_memory(self.memory(), ax=ax))
@@ -185,6 +212,10 @@ class Looking:
         allocator take. Where a model can't run so, a warning says it and activations are missing.
 
         Raises `AdapterLabError` for what can't be had, can't be put together, or is no number that makes sense.
+
+        >>> frame = AdapterLab.estimate(lab.model.config, adapters=["lora"], quantization="4bit", training=True)
+        >>> frame["case"].unique().tolist()
+        ['inference', 'full fine-tuning', 'training lora']
         """
         from adapterlab.estimate import estimate_frame
         from adapterlab.estimate_inputs import Circumstances
@@ -210,6 +241,12 @@ class Looking:
         """Where an AdaLoRA adapter's ranks are: one row per adapted layer: layer, module, rank (kept), init_r.
 
         Raises `AdapterLabError` for a method that allocates no ranks. Reads λ alone, and waits for nobody.
+
+        >>> frame = lab.ranks("bard")
+        >>> sorted(frame["module"].unique())
+        ['down_proj', 'q_proj', 'up_proj', 'v_proj']
+        >>> int(frame["init_r"].max())
+        4
         """
         from adapterlab.inspection import ranks_frame_of
 
@@ -221,6 +258,11 @@ class Looking:
         """`ranks(name)` as a heatmap of layers and modules, and below it the budget over the steps of its last run here.
 
         Says so where allocation never ran. Draws the heatmap alone into `ax` if given; the figure shows itself.
+
+        >>> figure = lab.plot_ranks("bard")
+        >>> figure.savefig(folder / "ranks.png")
+        >>> figure.axes[0].get_ylabel()
+        'layer'
         """
         from adapterlab.plots import plot_ranks
 
@@ -251,13 +293,23 @@ class Looking:
         Missing: relative_norm of offloaded layers, and norm too for IA3 there. ‖W‖ is read at the first call, and again
         when the weight has moved or changed; an edit of single values through `.data` may go unseen. Changes nothing.
         Raises `AdapterLabError` for weights that are not finite, and for methods that PEFT can't merge.
+
+        >>> largest = lab.delta_norms("pirate").nlargest(3, "relative_norm")
+        >>> set(largest["module"]) <= {"q_proj", "v_proj"}
+        True
         """
         from adapterlab.norms import delta_norms_frame
 
         return delta_norms_frame(self._adapters, self._adapters.known(adapter_name))
 
     def plot_delta_norms(self, adapter_name: str, ax: Axes | None = None) -> Figure:
-        """`delta_norms(name)` as a heatmap by layer and module. Draws into `ax` if given; the figure shows itself."""
+        """`delta_norms(name)` as a heatmap by layer and module. Draws into `ax` if given; the figure shows itself.
+
+        >>> figure = lab.plot_delta_norms("pirate")
+        >>> figure.savefig(folder / "norms.png")
+        >>> figure.axes[0].get_ylabel()
+        'layer'
+        """
         from adapterlab.plots import plot_delta_norms
 
         return _figure(plot_delta_norms(self.delta_norms(adapter_name), ax=ax))
@@ -275,13 +327,23 @@ class Looking:
         LoRA, rsLoRA, AdaLoRA, DoRA (its low-rank part) and LoHa (where r² is smaller than the layer) have such factors.
         Changes nothing. Raises `AdapterLabError` for another method, for adapters that share no layer, and for an untrained
         one.
+
+        >>> frame = lab.subspace_overlap("pirate", "bard")
+        >>> sorted(frame["module"].unique())
+        ['q_proj', 'v_proj']
         """
         from adapterlab.norms import overlap_frame
 
         return overlap_frame(self._adapters, self._adapters.known(adapter_name), self._adapters.known(other))
 
     def plot_subspace_overlap(self, adapter_name: str, other: str, ax: Axes | None = None) -> Figure:
-        """`subspace_overlap(adapter_name, other)` as heatmaps. Draws into `ax` if given; the figure shows itself."""
+        """`subspace_overlap(adapter_name, other)` as heatmaps. Draws into `ax` if given; the figure shows itself.
+
+        >>> figure = lab.plot_subspace_overlap("pirate", "bard")
+        >>> figure.savefig(folder / "overlap.png")
+        >>> figure.axes[0].get_ylabel()
+        'layer'
+        """
         from adapterlab.plots import plot_overlap
 
         return _figure(plot_overlap(self.subspace_overlap(adapter_name, other), ax=ax))
@@ -305,6 +367,11 @@ class Looking:
         token, in nats), kl (KL(column‖base) over the whole vocabulary, in nats, before that token), rank and base_rank (of
         the token, 1 for the most likely one). The first token of a text without anything before it has no row. Changes
         nothing; hooks and dropout as in `compare`. `lab.stop()` ends it with an `AdapterLabError`: half a text is no result.
+
+        >>> frame = lab.divergence("Arr, the moon be bright!", ["pirate"], prompt="What is the moon?")
+        >>> farthest = frame.nlargest(3, "kl")[["token", "kl", "rank", "base_rank"]]
+        >>> len(farthest)
+        3
         """
         from adapterlab.comparison import Comparison
         from adapterlab.divergence import divergence_frame
@@ -318,7 +385,13 @@ class Looking:
     def plot_divergence(
         self, text: str | Comparison, columns: Sequence[ColumnLike] | None = None, **keywords: Any
     ) -> Figure:
-        """`divergence(text, columns, …)` as the text itself, each token shaded by how far the column is from base there."""
+        """`divergence(text, columns, …)` as the text itself, each token shaded by how far the column is from base there.
+
+        >>> figure = lab.plot_divergence("Arr, the moon be bright!", ["pirate"])
+        >>> figure.savefig(folder / "divergence.png")
+        >>> len(figure.axes)
+        2
+        """
         from adapterlab.plots import plot_divergence
 
         return plot_divergence(self.divergence(text, columns, **keywords))
@@ -343,6 +416,12 @@ class Looking:
         delta_nll, delta_low, delta_high: nll minus base's on the same texts, with its paired interval (0 for base; missing
         where base is not among the columns). Changes nothing. `lab.stop()` ends it with an `AdapterLabError`: a perplexity
         of some of the texts would look like that of all.
+
+        >>> frame = lab.evaluate(texts, [None, "pirate"])
+        >>> frame["column"].tolist()
+        ['base', 'pirate']
+        >>> float(frame.loc[0, "delta_nll"])
+        0.0
         """
         from adapterlab.divergence import evaluate_frame
 
@@ -359,6 +438,10 @@ class Looking:
         and multipliers other than 0 and 1), concatenate (`add_weighted_adapter`), merge and merge_to_disk
         (`merge_and_unload` without and with a folder), train, save, ranks, delta_norms, 8bit and 4bit (it works on this
         base opened so). The reason is what the call itself would say. Reads no weights and waits for nobody.
+
+        >>> frame = lab.capabilities()
+        >>> frame.query("adapter == 'robot' and not possible")["capability"].tolist()
+        ['concatenate', 'ranks']
         """
         from adapterlab.capabilities import capabilities_frame
 

@@ -8,7 +8,17 @@ from adapterlab.errors import printable
 
 
 class AdapterLabWarning(UserWarning):
-    """Something is not as the lab left it, or not as one would think; the lab goes on."""
+    """Something is not as the lab left it, or not as one would think; the lab goes on.
+
+    >>> import warnings
+    >>> lab.set_adapter("pirate")
+    >>> lab.model.disable_adapters()  # behind the lab's back
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     said = lab.generate("What is the moon?", max_new_tokens=1)
+    >>> caught[0].category.__name__, lab.active_adapters
+    ('AdapterLabWarning', {'pirate': 1.0})
+    """
 
 
 def say(text: str) -> None:

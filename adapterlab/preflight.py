@@ -49,6 +49,11 @@ class Preflight:
     `tensors` is how many of the layers' tensors the file holds, `expected` how many there are, `parameters` how many
     values those in the file have. `mismatches` has one entry for each thing that differs, however many the sentences
     name; `to_frame()` gives them as a table.
+
+    >>> saved = lab.save_adapter("pirate", folder / "pirate")
+    >>> preflight = lab.check_adapter(saved)
+    >>> preflight.problems, preflight.tensors == preflight.expected
+    ([], True)
     """
 
     source: str
@@ -62,11 +67,20 @@ class Preflight:
 
     @property
     def ok(self) -> bool:
+        """Whether it would load: nothing stands in `problems`.
+
+        >>> lab.check_adapter(adapter_for_opt).ok
+        False
+        """
         return not self.problems
 
     @property
     def verdict(self) -> str:
-        """One line: whether it fits, and how large it is or how much is wrong."""
+        """One line: whether it fits, and how large it is or how much is wrong.
+
+        >>> lab.check_adapter(adapter_for_opt).verdict
+        '... does not fit: ...'
+        """
         if self.ok:
             size = f"{self.tensors} of {self.expected} tensors, {self.parameters:,} parameters"
             return f"{self.source} fits: {method_label(self.method)}, {size}."
@@ -74,21 +88,38 @@ class Preflight:
         return f"{self.source} does not fit: {count} problem{'s' if count > 1 else ''}."
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per mismatch: check, item, found, expected (texts), problem (whether it forbids loading)."""
+        """One row per mismatch: check, item, found, expected (texts), problem (whether it forbids loading).
+
+        >>> frame = lab.check_adapter(adapter_for_opt).to_frame()
+        >>> frame.query("check == 'target modules'")["item"].tolist()
+        ['fc1', 'fc2']
+        """
         import pandas as pd
 
         rows = [(each.check, each.item, each.found, each.expected, each.problem) for each in self.mismatches]
         return pd.DataFrame(rows, columns=list(_COLUMNS))
 
     def raise_for_problems(self) -> None:
-        """Raise one `AdapterLabError` that lists all problems, if there are any."""
+        """Raise one `AdapterLabError` that lists all problems, if there are any.
+
+        >>> lab.check_adapter(adapter_for_opt).raise_for_problems()
+        Traceback (most recent call last):
+            ...
+        adapterlab.errors.AdapterLabError: '...' does not fit this model: ...
+        """
         if self.problems:
             kind = any(each.problem and each.check in ("method", "option") for each in self.mismatches)
             what = "can't be used in the lab" if kind else "does not fit this model"
             raise AdapterLabError(f"{self.source!r} {what}: " + _joined(self.problems))
 
     def tell(self, text: str, mismatches: list[tuple[str, str, Any, Any]], *, problem: bool) -> None:
-        """Add a sentence, and (check, item, found, expected) of each thing it is about."""
+        """Add a sentence, and (check, item, found, expected) of each thing it is about.
+
+        >>> preflight = Preflight("mine", "LORA")
+        >>> preflight.tell("Its rank is 0.", [("option", "r", 0, "1 or more")], problem=True)
+        >>> preflight.problems
+        ['Its rank is 0.']
+        """
         (self.problems if problem else self.notes).append(shown(text, _LONGEST))
         self.mismatches += [
             Mismatch(check, shown(item), shown(found), shown(expected), problem)
@@ -96,7 +127,13 @@ class Preflight:
         ]
 
     def details(self) -> str:
-        """All mismatches as lines of text; "" if there are none."""
+        """All mismatches as lines of text; "" if there are none.
+
+        >>> print(lab.check_adapter(adapter_for_opt).details())
+        base model · base_model_name_or_path: facebook/opt-350m; expected HuggingFaceTB/SmolLM2-135M-Instruct
+        base model · architecture: OPTForCausalLM; expected LlamaForCausalLM
+        ...
+        """
         return "\n".join(f"{m.check} · {m.item}: {m.found}; expected {m.expected}" for m in self.mismatches)
 
     def __str__(self) -> str:

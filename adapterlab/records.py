@@ -25,6 +25,10 @@ class AdapterInfo:
     *trained here* (changed in this lab and saved), *unsaved* (changed in this lab, on no disk).
     `runs`: its trainings in this lab, oldest first.
     `multiplier_obstacle`: why multipliers other than 0 and 1, and blends, have no meaning for it; "" if they have.
+
+    >>> info = lab.adapters["pirate"]
+    >>> info.method, info.r, info.target_modules, info.status
+    ('LORA', 8, ('q_proj', 'v_proj'), 'loaded')
     """
 
     name: str

@@ -30,6 +30,12 @@ class TrainingRun:
     steps, total_steps: done and planned. stopped_early: by Stop or Ctrl-C. error: what ended it otherwise, "" if nothing.
     settings: the training arguments that were given or chosen. data, eval_data: what it learned from and was measured
         on, in words. padding: share of the positions of all batches that were padding.
+
+    >>> run = lab.train("mine", pairs, method="adalora", init_r=4, target_r=2, max_steps=8)
+    >>> run.method, run.steps, run.stopped_early
+    ('AdaLoRA', 8, False)
+    >>> run.history["step"].tolist()
+    [1, 2, 3, 4, 5, 6, 7, 8]
     """
 
     adapter_name: str
@@ -48,28 +54,55 @@ class TrainingRun:
 
     @property
     def loss(self) -> float | None:
-        """The last training loss; None before the first step."""
+        """The last training loss; None before the first step.
+
+        >>> run = lab.train("mine", pairs, method="lora", max_steps=4)
+        >>> run.loss == float(run.history["loss"].iloc[-1])
+        True
+        """
         return _last(self.history, "loss")
 
     @property
     def eval_loss(self) -> float | None:
-        """The last loss on held-out data; None if there was none."""
+        """The last loss on held-out data; None if there was none.
+
+        >>> run = lab.train("mine", pairs[:3], method="lora", max_steps=4, eval_dataset=pairs[3:])
+        >>> run.eval_loss == float(run.history["eval_loss"].iloc[-1])
+        True
+        """
         return _last(self.history, "eval_loss")
 
     def plot(self) -> Figure:
-        """Loss and held-out loss over the steps; for AdaLoRA also the ranks, planned and kept."""
+        """Loss and held-out loss over the steps; for AdaLoRA also the ranks, planned and kept.
+
+        >>> figure = lab.train("mine", pairs, method="adalora", max_steps=8).plot()
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['loss (nats per token)', 'ranks, all layers']
+        """
         from adapterlab.plots import plot_training
 
         return plot_training(self.history, title=self.adapter_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as plain values that JSON has: frames as lists of rows, missing numbers as None."""
+        """The run as plain values that JSON has: frames as lists of rows, missing numbers as None.
+
+        >>> import json
+        >>> run = lab.train("mine", pairs, method="lora", max_steps=4)
+        >>> written = (folder / "run.json").write_text(json.dumps(run.to_dict()))
+        >>> json.loads((folder / "run.json").read_text())["steps"]
+        4
+        """
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
         return {**plain, **{name: _rows(plain[name]) for name in _FRAMES}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRun:
-        """What `to_dict` gave. Raises TypeError, ValueError or KeyError for anything else."""
+        """What `to_dict` gave. Raises TypeError, ValueError or KeyError for anything else.
+
+        >>> run = lab.train("mine", pairs, method="lora", max_steps=4)
+        >>> TrainingRun.from_dict(run.to_dict()).describe() == run.describe()
+        True
+        """
         frames = {name: _frame(values[name], name) for name in _FRAMES}
         run = cls(**{**values, **frames})
         texts = (run.adapter_name, run.method, run.error, run.data, run.eval_data)
@@ -84,7 +117,11 @@ class TrainingRun:
         return f"TrainingRun({self.describe()})"
 
     def describe(self) -> str:
-        """The run in one line of words."""
+        """The run in one line of words.
+
+        >>> lab.train("mine", pairs, method="lora", max_steps=4).describe()
+        "'mine' (LoRA) · 4 steps in ... s · loss ... → ..."
+        """
         done = f"{self.steps} of {self.total_steps} steps" if self.steps < self.total_steps else f"{self.steps} steps"
         parts = [f"{self.adapter_name!r} ({self.method})", f"{done} in {self.seconds:.0f} s"]
         for label, column in (("loss", "loss"), ("held-out loss", "eval_loss")):
