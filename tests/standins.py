@@ -556,15 +556,15 @@ def _full_size_weights(seed: int) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = OPTForCausalLM(opt_config(**OPT_350M_FULL)).model.state_dict()
     generator = torch.Generator().manual_seed(seed)
+    vocabulary = json.loads(_trained_bpe())["model"]["vocab"]
     block = (0.02 * torch.randn(1_000_003, generator=generator)).half()  # a prime length: rows do not repeat
     weights = {}
     for name, tensor in shapes.items():
         copies = -(-tensor.numel() // block.numel())
         values = block.repeat(copies)[: tensor.numel()].reshape(tensor.shape).clone()
-        if name.endswith("embed_tokens.weight"):
-            values[len(json.loads(_trained_bpe())["model"]["vocab"]) :] = (
-                0  # tied: it says what its tokenizer can spell
-            )
+        if name.endswith("embed_tokens.weight"):  # tied: it says only what its tokenizer spells in plain letters
+            said = [number for token, number in vocabulary.items() if re.fullmatch("Ġ?[A-Za-z]{2,}", token)]
+            values = torch.zeros_like(values).index_copy(0, torch.tensor(said), values[said])
         weights[name] = values + 1 if "layer_norm.weight" in name else values
     return weights
 
