@@ -20,6 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="run the long profiles: hours of random calls instead of minutes"
     )
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="run every N-th test (default: all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = config.getoption("--sample")
+    stay = items[::every]
+    config.hook.pytest_deselected(items=[item for number, item in enumerate(items) if number % every])
+    items[:] = stay
 
 
 @pytest.fixture(scope="session")
