@@ -6,11 +6,13 @@ import ast
 import copy
 import re
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
@@ -111,3 +113,19 @@ def test_told_apart_sees_what_matters() -> None:
     assert len(set(told_apart("print('a', 1)", "print('あ', 2)"))) == 2
     assert len(set(told_apart("f('a')", "f('b')"))) == 2
     assert len(set(told_apart("f(a)", "f(b)"))) == 2
+
+
+def test_installing_leaves_colabs_torch_and_widgets_as_they_are() -> None:
+    """pip changes what is there only where it does not do: Colab's versions all do."""
+    ours = {
+        asked.name.lower(): asked.specifier
+        for asked in map(Requirement, requires("adapterlab") or [])
+        if not asked.marker
+    }
+    lines = (ROOT / ".ci" / "colab.txt").read_text(encoding="utf-8").splitlines()
+    there = {line.partition("==")[0].lower(): line.partition("==")[2] for line in lines if "==" in line}
+    assert {"ipywidgets", "transformers", "peft"} <= set(there)
+    for name, version in there.items():
+        assert name not in ours or version in ours[name], f"pip would exchange {name} {version}"
+    assert all(asked.operator != "==" for asked in ours["torch"])
+    assert "2.6.0" in ours["torch"]
