@@ -356,7 +356,7 @@ class Adapters:
 
         self.check_new_name(name)
         config = make_config(config_or_method, **fields)
-        check_config(config, name)
+        check_config(config, name, fresh=True)
         config.base_model_name_or_path = self.base_path
         size = self._check_size(config, name)
         self.impose()

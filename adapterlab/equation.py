@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from adapterlab.methods import method_label
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -79,7 +81,8 @@ def _obstacle(kind: type, variant: type, base: type) -> str | None:
     if _method(kind) == "lora":
         allowed = (nn.Linear, Conv1D, nn.Embedding)
     if not issubclass(kind, (LoraLayer, IA3Layer)) or not issubclass(base, allowed):
-        return f"the lab knows no multiplier for {kind.__module__.split('.')[-2]} on {base.__name__}"
+        method = method_label(kind.__module__.split(".")[-2].upper())
+        return f"the lab knows no multiplier for {method} on {base.__name__}"
     return None
 
 

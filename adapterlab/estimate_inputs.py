@@ -174,7 +174,7 @@ def _find_adapter(one: Any, where: dict[str, Any]) -> tuple[str, PeftConfig]:
         return _read_adapter(locate(one, **where))
     config = make_config(one)
     name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-    check_config(config, name)
+    check_config(config, name, fresh=True)
     return name, config
 
 

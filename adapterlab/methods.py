@@ -24,7 +24,8 @@ _PRETTY = {
     "SHIRA": "SHiRA", "WAVEFT": "WaveFT", "DELORA": "DeLoRA", "GLORA": "GLoRA", "LN_TUNING": "LN tuning",
 }  # fmt: skip
 _BITS = {"8bit": "8-bit", "4bit": "4-bit"}
-_PLAIN_CALL = "Plain PEFT runs it: PeftModel.from_pretrained(model, {source!r})."
+_LOADED_CALL = "Plain PEFT runs it: PeftModel.from_pretrained(model, {source!r})."
+_FRESH_CALL = "Plain PEFT makes one: get_peft_model(model, config)."
 _PROMPT_LEARNING = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
 )  # fmt: skip
@@ -88,11 +89,15 @@ def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
         raise AdapterLabError(f"{cls.__name__} can't be made of {fields}: {error}") from error
 
 
-def unsupported_reason(method: str, source: str = "folder") -> str | None:
+def _plain_call(source: str, fresh: bool) -> str:
+    return _FRESH_CALL if fresh else _LOADED_CALL.format(source=source)
+
+
+def unsupported_reason(method: str, source: str = "folder", *, fresh: bool = False) -> str | None:
     """Why adapters of this PEFT type can't hang on a bare base, with the plain call that runs them; None if they can."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    call = _PLAIN_CALL.format(source=source)
+    call = _plain_call(source, fresh)
     if method in _PROMPT_LEARNING:
         return f"{method} puts virtual tokens or prompts before the text instead of adapting layers. {call}"
     tuners = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_TUNER_MAPPING.items()}
@@ -107,28 +112,29 @@ def unsupported_reason(method: str, source: str = "folder") -> str | None:
     return None
 
 
-def check_config(config: PeftConfig | Mapping[str, Any], source: str) -> None:
+def check_config(config: PeftConfig | Mapping[str, Any], source: str, *, fresh: bool = False) -> None:
     """Raise `AdapterLabError` if an adapter with this config can't live in a lab; all reasons in one message.
 
-    Takes a config object or the raw mapping from an `adapter_config.json`, of which nothing is executed.
+    Takes a config object or the raw mapping from an `adapter_config.json`, of which nothing is executed. fresh: it is to be
+    made, and `source` is its name; else that is where its files are.
     """
-    reasons = config_obstacles(config, source)
+    reasons = config_obstacles(config, source, fresh=fresh)
     if reasons:
         raise AdapterLabError(f"{source!r} can't be used in the lab: " + " Also, ".join(reasons.values()))
 
 
-def config_obstacles(config: PeftConfig | Mapping[str, Any], source: str) -> dict[str, str]:
+def config_obstacles(config: PeftConfig | Mapping[str, Any], source: str, *, fresh: bool = False) -> dict[str, str]:
     """Why an adapter with this config can't live in a lab: field of the config → reason; empty if it can."""
     get = config.get if hasattr(config, "get") else lambda key, default=None: getattr(config, key, default)
     reasons = {}
-    reason = unsupported_reason(_plain(get("peft_type", None)), source)
+    reason = unsupported_reason(_plain(get("peft_type", None)), source, fresh=fresh)
     if reason:
         reasons["peft_type"] = reason
     task = _plain(get("task_type", None))
     if task not in _GENERATING_TASKS:
         reasons["task_type"] = (
             f"its task is {task}, and the lab compares generated text (CAUSAL_LM, SEQ_2_SEQ_LM). "
-            + _PLAIN_CALL.format(source=source)
+            + _plain_call(source, fresh)
         )
     bias = get("bias", "none")
     if bias not in (None, "none"):
@@ -186,7 +192,7 @@ def rank_of(config: PeftConfig) -> int | None:
     for field in ("init_r", "r"):
         value = getattr(config, field, None)
         if isinstance(value, int) and not isinstance(value, bool):
-            return value
+            return value or None  # OFT's is 0 where its block size decides
     return None
 
 

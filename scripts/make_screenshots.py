@@ -38,7 +38,7 @@ def fail_to_add(page: Page) -> None:
     """After a comparison, add an adapter under a name that is taken."""
     compare(page)
     page.get_by_role("button", name="Add a new adapter").click()
-    form = page.locator(".alab-inset").filter(has_text="Target modules")
+    form = page.locator(".alab-inset:visible").filter(has_text="Target modules")
     form.get_by_label("Target modules").select_option(["q_proj", "v_proj"])
     form.get_by_label("Name").fill("pirate")
     form.get_by_role("button", name="Add", exact=True).click()

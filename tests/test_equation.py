@@ -102,7 +102,7 @@ def test_dora_does_not_blend_and_says_why(full_lab: AdapterLab, column: Any) -> 
 
 def test_other_methods_refuse_a_multiplier_with_the_reason(lab: AdapterLab) -> None:
     lab.add_adapter("loha", "h")
-    with pytest.raises(AdapterLabError, match=r"'h' × 0.5 has no meaning: .*knows no multiplier for loha"):
+    with pytest.raises(AdapterLabError, match=r"'h' × 0.5 has no meaning: .*knows no multiplier for LoHa"):
         lab.compare("Hello", columns=[{"h": 0.5}])
     lab.add_adapter("lora", "head", modules_to_save=["lm_head"])
     with pytest.raises(AdapterLabError, match="modules_to_save replaces a whole module"):

@@ -306,3 +306,18 @@ def test_find_adapters_asks_the_hub_for_this_base(lab: AdapterLab, monkeypatch: 
 def test_logits_of_the_model_are_the_selections(full_lab: AdapterLab, ids: torch.Tensor, plain_logits: Any) -> None:
     full_lab.set_adapter("wide")
     assert torch.allclose(logits_of(full_lab, ids), plain_logits("wide"), atol=2e-5)
+
+
+def test_a_method_that_only_plain_peft_makes_is_refused_with_the_call_that_makes_one(lab: AdapterLab) -> None:
+    """There is no folder of the new adapter's name that could be loaded."""
+    with pytest.raises(AdapterLabError, match=r"get_peft_model\(model, config\)") as refused:
+        lab.add_adapter("prompt_tuning", "mine", num_virtual_tokens=4, task_type="CAUSAL_LM")
+    assert "from_pretrained" not in str(refused.value)
+    assert not lab.adapters
+
+
+def test_a_method_without_a_rank_has_none(lab: AdapterLab) -> None:
+    """PEFT's OFT has r = 0 where the block's size decides, which is no rank."""
+    lab.add_adapter("oft", "turned", target_modules=["q_proj"])
+    assert lab.adapters["turned"].r is None
+    assert lab.summary()["r"].isna().all()
