@@ -597,6 +597,7 @@ def _tied(model: Any) -> dict[str, list[str]]:
 def _remember(model: Any) -> dict[str, Any]:
     return {
         "children": {module: dict(module._modules) for module in model.modules()},
+        "modes": {module: module.training for module in model.modules()},
         "flags": [(p, p.requires_grad) for p in model.parameters()],
         "peft_config": model.__dict__.get("peft_config"),
         "loaded": model.__dict__.get("_hf_peft_config_loaded"),
@@ -617,7 +618,14 @@ def given_back(model: Any, mark: str, taken: Callable[[], bool]) -> Iterator[Non
 
 
 def _restore(model: Any, given: dict[str, Any], mark: str) -> None:
+    from adapterlab.mounts import follow_mode
+
     for module, children in given["children"].items():
+        for key, child in children.items():
+            there = module._modules.get(key)
+            # a layer of an adapter that it came with, which `model.train()` has not reached meanwhile
+            if there is not None and there is not child and there.training != given["modes"].get(there, there.training):
+                follow_mode(child, there)
         module._modules.clear()
         module._modules.update(children)
     for parameter, flag in given["flags"]:

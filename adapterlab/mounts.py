@@ -155,7 +155,7 @@ class Mounts:
             site = self.sites[path]
             site.parent._modules[site.child] = layer
             if layer.training != site.original.training:
-                _follow_mode(layer, site.original)
+                follow_mode(layer, site.original)
         self.column, self._placed = column, placed
         self._announce(column.single)
 
@@ -296,7 +296,7 @@ class Mounts:
         return Mounted(layers, model.peft_config[name], list(dict.fromkeys(trainable)))
 
 
-def _follow_mode(layer: nn.Module, original: nn.Module) -> None:
+def follow_mode(layer: nn.Module, original: nn.Module) -> None:
     """Give an adapter's layer the mode of the module that it stands in for, whose own modules keep theirs."""
     base = set(original.modules())
     for module in layer.modules():

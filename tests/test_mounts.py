@@ -223,6 +223,34 @@ def test_a_model_with_native_adapters_is_adopted_and_given_back(ids: torch.Tenso
         assert torch.equal(model(ids).logits, expected["adapter_2"]), "the caller's model comes back as it was"
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mode_set_meanwhile_is_the_mode_of_all_that_is_given_back(train: bool) -> None:
+    """`model.train()` does not reach the layers that are out of the model at the time."""
+    from peft import LoraConfig
+
+    model = standins.tiny_llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], lora_dropout=0.5), "own")
+    model.train(not train)
+    lab = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    lab.model.train(train)
+    lab.close()
+    assert {module.training for module in model.modules()} == {train}
+
+
+def test_a_mode_that_nobody_touched_is_given_back_as_it_came() -> None:
+    from peft import LoraConfig
+
+    model = standins.tiny_llama().eval()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], lora_dropout=0.5), "own")  # its dropout is in train mode
+    modes = {path: module.training for path, module in model.named_modules()}
+    assert set(modes.values()) == {True, False}
+    lab = AdapterLab(model, tokenizer=standins.tiny_tokenizer())
+    lab.set_adapter("own")
+    lab.set_adapter(None)
+    lab.close()
+    assert {path: module.training for path, module in model.named_modules()} == modes
+
+
 def test_a_peft_model_in_hand(adapter_folders: dict[str, Path], plain_logits: Any, ids: torch.Tensor) -> None:
     peft_model = PeftModel.from_pretrained(standins.tiny_llama(), adapter_folders["pirate"]).eval()
     lab = AdapterLab(peft_model, tokenizer=standins.tiny_tokenizer())
