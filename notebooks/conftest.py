@@ -37,6 +37,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return collection_path.name != JAPANESE_IN_CI or None
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What is compared is what a cell says; progress bars and log lines go to stderr."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += ("stderr",)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the first kernel starts: it takes the Hub's address from this process."""
