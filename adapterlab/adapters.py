@@ -145,6 +145,9 @@ class Adapters:
         """Go back to the state that others see, if a change of it was cut short."""
         if not self._changing:
             return
+        if self.model is None:  # given back meanwhile
+            self._changing = False
+            return
         state = self._shown
         if self.mounts.drift():
             self.mounts.repair(Column())
@@ -242,6 +245,8 @@ class Adapters:
 
         def undo() -> None:
             self._depth = depth
+            if self.model is None:
+                return  # given back meanwhile: an opening that failed in here has closed the lab
             if self.mounts.drift():
                 self.mounts.repair(before)
             else:
@@ -263,8 +268,9 @@ class Adapters:
         before = self.trainable
 
         def undo() -> None:
-            self._make_trainable(before)
-            self._impose_gradients()
+            if self.model is not None:
+                self._make_trainable(before)
+                self._impose_gradients()
 
         with put_back(undo):
             self._make_trainable(name)

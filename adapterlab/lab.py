@@ -132,18 +132,23 @@ class AdapterLab(Looking):
         self._tokenizer = loaded.tokenizer
         if saved is not None and saved.saved.base.demo and base_model is None:
             self._origin = replace(loaded.origin, path=saved.saved.base.path, demo=True)
-        with given_back(loaded.model, _MARK, taken=lambda: not self._closed):
-            self._adapters = Adapters(loaded.model, self._origin.path, loaded.file_bytes)
-            loaded.model.__dict__[_MARK] = weakref.ref(self)
-            self._closed = False
-            try:
-                if saved is not None:
-                    self._restore(saved)
-                elif loaded.adapter is not None:
-                    self._adapters.load(loaded.adapter, None, self._tokenizer)
-            except BaseException:
-                self.close()
-                raise
+        try:
+            with given_back(loaded.model, _MARK, taken=lambda: not self._closed), put_back(self._end):
+                self._adapters = Adapters(loaded.model, self._origin.path, loaded.file_bytes)
+                loaded.model.__dict__[_MARK] = weakref.ref(self)
+                self._closed = False
+                try:
+                    if saved is not None:
+                        self._restore(saved)
+                    elif loaded.adapter is not None:
+                        self._adapters.load(loaded.adapter, None, self._tokenizer)
+                except BaseException:
+                    self._closed = True  # so `_end` gives the model back, after what is left to put back in it
+                    raise
+        except BaseException:
+            self._closed = True  # cut when it was open already, and nobody has it
+            self._end()
+            raise
 
     @classmethod
     def demo(cls, *, dtype: Any = "float32", **kwargs: Any) -> AdapterLab:

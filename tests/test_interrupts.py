@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from standins import tiny_llama, tiny_tokenizer
 from tiny_adapters import logits_of
 
 from adapterlab import AdapterLab, linear
@@ -115,3 +117,26 @@ def test_every_module_has_its_mode_again(full_lab: AdapterLab) -> None:
     for line in (3, 5, 8):
         assert interrupted(line, "eval_mode", "generation.py", run)
         assert all(module.training for module in full_lab.model.modules())
+
+
+def test_an_opening_cut_short_while_it_puts_back_says_so_and_gives_the_model_back(
+    full_lab: AdapterLab, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    """What the cut has left to put back is put back when the lab that it belongs to is closed already."""
+    full_lab.set_adapter("poet")
+    folder = full_lab.save(tmp_path / "lab")
+    model, tokenizer = tiny_llama(), tiny_tokenizer(chat=True)
+    kinds = [type(module) for module in model.modules()]
+
+    opened: list[AdapterLab] = []
+    line = 1
+    while interrupted(
+        line, "_back_to", "guards.py", lambda: opened.append(AdapterLab(folder, base_model=model, tokenizer=tokenizer))
+    ):
+        assert [type(module) for module in model.modules()] == kinds, line
+        assert not opened
+        line += 11
+    opened.pop().close()
+    assert line > 30
+    with AdapterLab(folder, base_model=model, tokenizer=tokenizer).using("poet") as again:
+        assert again is model
