@@ -158,6 +158,17 @@ def is_finite(value: Any) -> bool:
         return False
 
 
+def as_plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's own, which JSON has; in lists, tuples, sets and mappings too."""
+    import numpy as np
+
+    if type(value) is dict:
+        return {as_plain(key): as_plain(one) for key, one in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(as_plain, value))
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
 def check_name(name: Any, taken: Iterable[str], forbidden: Iterable[str] = ()) -> str:
     """The name, if an adapter may be called so.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.columns import as_plain
 from adapterlab.errors import AdapterLabError
 
 if TYPE_CHECKING:
@@ -58,9 +60,9 @@ def method_label(method: str) -> str:
 def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
     """A `PeftConfig` of its own (never the caller's object) from a config or a method's name with its fields.
 
-    AdaLoRA without `total_step` gets a provisional one, and with `init_r` alone half of it as `target_r`: PEFT's own 8 need not
-    be below it. Raises `AdapterLabError` for an unknown method, an unknown
-    field or values PEFT refuses.
+    AdaLoRA without `total_step` gets a provisional one, and with `init_r` alone half of it as `target_r`: PEFT's own
+    8 need not be below it. NumPy's numbers become Python's, since a config is written as JSON. Raises `AdapterLabError`
+    for an unknown method, an unknown field or values PEFT refuses.
     """
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -70,7 +72,10 @@ def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
             raise AdapterLabError(
                 f"{', '.join(map(repr, config))} given beside a {type(config_or_method).__name__}: set them in the config."
             )
-        return copy.deepcopy(config_or_method)
+        own = copy.deepcopy(config_or_method)
+        for each in dataclasses.fields(own):
+            setattr(own, each.name, as_plain(getattr(own, each.name)))
+        return own
     if not isinstance(config_or_method, str):
         raise AdapterLabError(f"{config_or_method!r} is neither a method's name such as 'lora' nor a PeftConfig.")
     known = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -78,7 +83,7 @@ def make_config(config_or_method: Any, **config: Any) -> PeftConfig:
     if cls is None:
         usable = ", ".join(sorted(kind.lower() for kind in known if unsupported_reason(kind) is None))
         raise AdapterLabError(f"{config_or_method!r} is no PEFT method. Methods the lab can add: {usable}.")
-    fields = dict(config)
+    fields = as_plain(config)
     if cls.__name__ == "AdaLoraConfig":
         fields.setdefault("total_step", PROVISIONAL_TOTAL_STEP)
         if isinstance(fields.get("init_r"), int):

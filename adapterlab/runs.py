@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class TrainingRun:
         return plot_training(self.history, title=self.adapter_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as plain values that JSON has: frames as lists of rows, missing numbers as None.
+        """The run as plain values that JSON has: frames as lists of rows, numbers that are missing or not finite as None.
 
         >>> import json
         >>> run = lab.train("mine", pairs, method="lora", max_steps=4)
@@ -93,7 +94,8 @@ class TrainingRun:
         4
         """
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {**plain, **{name: _rows(plain[name]) for name in _FRAMES}}
+        settings = {name: _finite_or_none(value) for name, value in self.settings.items()}
+        return {**plain, "settings": settings, **{name: _rows(plain[name]) for name in _FRAMES}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRun:
@@ -173,8 +175,12 @@ def ranks_frame(paths: list[str], pruned: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _rows(frame: pd.DataFrame) -> dict[str, Any]:
-    rows = [[None if value != value else value for value in row] for row in frame.astype(object).to_numpy().tolist()]
+    rows = [[_finite_or_none(value) for value in row] for row in frame.astype(object).to_numpy().tolist()]
     return {"columns": list(frame.columns), "rows": rows}
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _frame(table: Any, name: str) -> pd.DataFrame:

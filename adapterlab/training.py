@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.columns import as_plain
 from adapterlab.errors import AdapterLabError
 from adapterlab.guards import put_back
 from adapterlab.notices import say
@@ -68,7 +69,7 @@ def sort_keywords(given: Mapping[str, Any], config_fields: set[str]) -> Wish:
         if name == "resume_from_checkpoint":
             wish.resume = value
         elif known is not None:
-            wish.arguments[known] = value
+            wish.arguments[known] = as_plain(value)
         elif name in of_trainer:
             wish.trainer[name] = value
         elif name in config_fields:
@@ -315,7 +316,7 @@ def _told(trainer: AdapterTrainer, lessons: Lessons) -> TrainingRun:
         history=history_frame(state.log_history),
         ranks=trainer.allocation.ranks if trainer.allocation is not None else ranks_frame([], []),
         steps=state.global_step,
-        total_steps=max(state.max_steps, state.global_step),
+        total_steps=as_plain(max(state.max_steps, state.global_step)),
         seconds=trainer.took,
         settings=_settings(trainer.args),
         data=lessons.train.source,
@@ -330,7 +331,7 @@ def _settings(arguments: TrainingArguments) -> dict[str, Any]:
         "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
         "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "optim", "seed", "bf16", "fp16",
     )  # fmt: skip
-    plain = {name: getattr(arguments, name) for name in names}
+    plain = {name: as_plain(getattr(arguments, name)) for name in names}
     return {
         name: str(getattr(value, "value", value)) if hasattr(value, "value") else value for name, value in plain.items()
     }

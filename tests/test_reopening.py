@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -399,6 +400,19 @@ def test_a_run_goes_through_json(worked: AdapterLab) -> None:
                 pd.testing.assert_frame_equal(had, has)
             else:
                 assert had == has, field.name
+
+
+def test_a_loss_that_was_not_finite_does_not_keep_the_lab_from_being_saved(lab: AdapterLab, tmp_path: Path) -> None:
+    run = lab.train("mine", ["The moon."] * 4, method="lora", max_steps=2, eval_dataset=0.25, disable_tqdm=True)
+    run.history.loc[1, "eval_loss"] = float("inf")
+    run.settings["max_grad_norm"] = float("inf")
+    had = run.history["eval_loss"].tolist()
+    written = json.loads((lab.save(tmp_path / "saved") / "runs" / "mine.0.json").read_text())
+    again = TrainingRun.from_dict(written)
+    assert again.history["eval_loss"].isna().tolist() == [not math.isfinite(one) for one in had]
+    assert again.history["loss"].tolist()[1:] == run.history["loss"].tolist()[1:]
+    assert again.settings["max_grad_norm"] is None
+    assert run.history.loc[1, "eval_loss"] == float("inf")
 
 
 @pytest.mark.parametrize(

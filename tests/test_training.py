@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from standins import tiny_llama, tiny_t5, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from adapterlab import AdapterLab, AdapterLabError, TrainingRun
+from adapterlab import AdapterLab, AdapterLabError, TrainingRun, training
 from adapterlab.fingerprints import base_digest
 from adapterlab.training_data import make_collator, read_training_data
 
@@ -88,6 +89,24 @@ class TestItLearns:
         with torch.no_grad():
             expected = tiny_llama()(input_ids=ids, labels=labels).loss.item()
         assert run.history.eval_loss.iloc[0] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("make", [tiny_llama, tiny_t5])
+    def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(self, make: Any) -> None:
+        """Plain Trainer weighs the batches' means by rows: with unequal rows the batch size decides."""
+        lab = AdapterLab(make(), tokenizer=tiny_tokenizer(chat=True, seq2seq=make is tiny_t5))
+        rows = read_training_data(PAIRS, lab.tokenizer, encoder_decoder=make is tiny_t5).rows
+        base, losses, tokens = make(), 0.0, 0
+        for row in rows:
+            given = {key: torch.tensor([value]) for key, value in row.items() if isinstance(value, list)}
+            count = int((given["labels"][:, 0 if make is tiny_t5 else 1 :] != -100).sum())
+            with torch.no_grad():
+                losses, tokens = losses + base(**given).loss.item() * count, tokens + count
+        method = {"method": "lora", "r": 2, "target_modules": "all-linear"}
+        for size in (1, 4, 6):
+            run = lab.train(
+                f"of {size}", PAIRS, max_steps=1, eval_dataset=PAIRS, per_device_eval_batch_size=size, **method, **QUIET
+            )
+            assert run.history.eval_loss.iloc[0] == pytest.approx(losses / tokens, rel=1e-5)
 
     def test_training_again_goes_on(self, lab: AdapterLab) -> None:
         first = lab.train("new", PAIRS, max_steps=10, learning_rate=2e-2, eval_dataset=PAIRS[:2], **LORA, **QUIET)
@@ -630,6 +649,42 @@ class TestCheckpoints:
         assert not (tmp_path / "checkpoint-4").exists()
         assert lab.adapters["new"].runs[0].steps == 4
         lab.save_adapter("new", tmp_path / "saved")
+
+
+class TestNumbersOfNumPy:
+    """JSON has none of them, and what the lab writes is JSON."""
+
+    def test_a_training(self, lab: AdapterLab, tmp_path: Path) -> None:
+        numbers = {
+            "max_steps": np.int64(2),
+            "learning_rate": np.float32(0.25),  # a number that float32 holds
+            "seed": np.int64(3),
+            "eval_dataset": np.float32(0.25),
+            "r": np.int64(4),
+            "lora_alpha": np.float32(8),
+            "rank_pattern": {"v_proj": np.int64(2)},
+            "layers_to_transform": [np.int64(0)],
+        }
+        run = lab.train("new", PAIRS, **{**LORA, **numbers}, **QUIET)
+        lab.save(tmp_path / "lab")
+        lab.save_adapter("new", tmp_path / "new")
+        assert "0.25" in str(lab.model_card("new"))
+        (written,) = (json.loads(path.read_text()) for path in (tmp_path / "lab" / "runs").iterdir())
+        assert (run.settings["learning_rate"], written["settings"]["learning_rate"]) == (0.25, 0.25)
+        assert (written["steps"], written["total_steps"], written["settings"]["seed"]) == (2, 2, 3)
+        config = PeftConfig.from_pretrained(str(tmp_path / "new"))
+        assert (config.r, config.lora_alpha) == (4, 8)
+        assert (config.rank_pattern, config.layers_to_transform) == ({"v_proj": 2}, [0])
+
+    def test_a_config_in_hand_and_arguments_of_ones_own(self, lab: AdapterLab, tmp_path: Path) -> None:
+        mine = LoraConfig(r=np.int64(4), target_modules=np.array(["q_proj", "v_proj"]), lora_alpha=np.float32(8))
+        lab.add_adapter(mine, "new")
+        lab.save_adapter("new", tmp_path / "new")
+        assert isinstance(mine.r, np.int64)  # the caller's own is as it was
+        assert PeftConfig.from_pretrained(str(tmp_path / "new")).r == 4
+        args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, learning_rate=np.float32(0.25), report_to="none")
+        assert training._settings(args)["learning_rate"] == 0.25
+        json.dumps(training._settings(args))
 
 
 class TestBadInput:
