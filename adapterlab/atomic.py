@@ -37,9 +37,12 @@ def building(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, to be filled; at the end it takes `folder`'s place, or after an error it is gone.
 
     Its files get the rights that the user's new files have (safetensors would write them for the owner alone). Raises
-    `AdapterLabError` where it can't be written; then what was there is still there.
+    `AdapterLabError` where it can't be written, or Python works in it; then what was there is still there.
     """
-    with explained(folder), scratch_beside(target := _resolved(folder)) as scratch:
+    with explained(folder):
+        target = _resolved(folder)
+        _check_nobody_stands_in(target)
+    with explained(folder), scratch_beside(target) as scratch:
         built = scratch / "new"
         built.mkdir()
         yield built
@@ -63,6 +66,19 @@ def write_text(path: Path, text: str) -> Path:
 def _resolved(path: Path) -> Path:
     """Where it really is, so that a link stays a link to what is new."""
     return Path(os.path.realpath(path))
+
+
+def _check_nobody_stands_in(target: Path) -> None:
+    """A folder that is exchanged takes the working directory with it, and then this process has none."""
+    try:
+        here = _resolved(Path.cwd())
+    except OSError:  # there is none already
+        return
+    if target in (here, *here.parents):
+        raise AdapterLabError(
+            f"{str(target)!r} can't be written: Python works in {str(here)!r}, and it would be replaced as a whole. "
+            "Name another folder, such as one inside it, or go elsewhere first (os.chdir)."
+        )
 
 
 @contextlib.contextmanager

@@ -334,6 +334,47 @@ def test_a_link_stays_a_link_to_what_is_new(tmp_path: Path) -> None:
     assert (tmp_path / "far" / "x" / "z").read_text() == (tmp_path / "far" / "y").read_text() == "new"
 
 
+@pytest.mark.parametrize("here", ["lab", "lab/adapters"])
+@pytest.mark.parametrize("named", [".", "link", "absolute"])
+def test_the_folder_that_python_works_in_is_not_replaced(
+    full_lab: AdapterLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, named: str
+) -> None:
+    folder = full_lab.save(tmp_path / "lab")
+    (tmp_path / "link").symlink_to("lab")
+    before = content(tmp_path)
+    monkeypatch.chdir(tmp_path / here)
+    target = {".": "." if here == "lab" else "..", "link": tmp_path / "link", "absolute": folder}[named]
+    with pytest.raises(AdapterLabError, match=r"lab' can't be written: Python works in '.*os\.chdir"):
+        full_lab.save(target)
+    assert os.getcwd() == str(tmp_path / here)
+    assert content(tmp_path) == before
+
+
+def test_an_adapter_into_the_empty_folder_that_python_works_in(
+    full_lab: AdapterLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterLabError, match="such as one inside it"):
+        full_lab.save_adapter("pirate", ".")
+    assert list(tmp_path.iterdir()) == []
+    full_lab.save_adapter("pirate", "inside")
+    assert sorted(path.name for path in Path("inside").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_where_the_working_directory_is_gone(
+    full_lab: AdapterLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with building(tmp_path / "folder") as built:
+        (built / "x").write_text("new")
+    assert (tmp_path / "folder" / "x").read_text() == "new"
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_files_get_the_rights_of_new_files(full_lab: AdapterLab, tmp_path: Path, mask: int) -> None:
     """safetensors itself writes for the owner alone, whatever the user has set."""
