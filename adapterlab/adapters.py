@@ -323,7 +323,7 @@ class Adapters:
         assert config is not None  # it has no problems
         for note in flight.notes:
             say(f"{chosen}: {note}")
-        weights = read_weights(files.weights_file)
+        weights = {key: tensor for key, tensor in read_weights(files.weights_file).items() if key not in flight.left_out}
         with self.whole():
             self._take(config, chosen, weights, files.source, files)
             if select:
@@ -340,7 +340,8 @@ class Adapters:
         config, flight = self.preflight(files, tokenizer)
         flight.raise_for_problems()
         assert config is not None  # it has no problems
-        weights = read_weights(files.weights_file, finite=False)
+        found = read_weights(files.weights_file, finite=False)
+        weights = {key: tensor for key, tensor in found.items() if key not in flight.left_out}
         with self.whole():
             self._take(config, saved.name, weights, saved.source, files)
             record = self.records[saved.name]
@@ -514,7 +515,7 @@ class Adapters:
 
         Column.of(name).check(self.records)
         mounted, record = self.mounts.adapters[name], self.records[name]
-        tensors = [t for layer in mounted.layers.values() for key, t in adapter_tensors(layer, name)]
+        tensors = [tensor for _, tensor in adapter_tensors(mounted.layers.values(), name)]
         trained = {p.data_ptr() for p in mounted.trainable if p.numel()}
         return AdapterInfo(
             name=name,

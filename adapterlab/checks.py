@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.config_values import wrong_values
 from adapterlab.errors import AdapterLabError
-from adapterlab.file_checks import Shapes, check_tensors, check_vocabulary, listed, read_shapes
+from adapterlab.file_checks import Shapes, check_tensors, check_vocabulary, leave_copies, listed, read_shapes
 from adapterlab.methods import PROVISIONAL_TOTAL_STEP, config_obstacles
 from adapterlab.mounts import PREFIX
 from adapterlab.patterns import pattern_objections
@@ -31,7 +31,8 @@ def examine(
 ) -> tuple[PeftConfig | None, Preflight]:
     """The adapter's config, None where it can't be used, and the verdict. `model` must be bare and is left as it was.
 
-    Reads the config, the header of a safetensors file, and a tokenizer's JSON beside it. Raises nothing for a bad adapter.
+    Reads the config, the header of a safetensors file, and a tokenizer's JSON beside it; of the tensors only those that may be
+    copies of the base's. Raises nothing for a bad adapter.
     """
     raw = files.config
     flight = Preflight(files.source, str(raw.get("peft_type")))
@@ -41,7 +42,8 @@ def examine(
         shapes = read_shapes(flight, files)
         expected = None if config is None else check_targets(flight, model, config)
         if shapes is not None:
-            check_tensors(flight, model, config, expected, shapes)
+            own = leave_copies(flight, model, files, expected, shapes)
+            check_tensors(flight, model, config, expected, own)
         check_vocabulary(flight, model, raw, shapes or {}, files, tokenizer)
     except Exception as error:  # a config may hold whatever JSON can: that it can't be examined is a verdict, too
         flight.tell(f"it can't be examined any further: {_words(error)}.", [], problem=True)

@@ -124,7 +124,10 @@ def _read_file(path: Path, label: str) -> Any:
         raise AdapterLabError(f"{label}: {path.name} can't be read by its ending: give a {_ENDINGS} file.")
     try:
         if ending == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas has taken the first fields for row labels
+                raise ValueError("its rows have more fields than its header: put texts that hold commas between quotes")
+            return frame
         text = path.read_text(encoding="utf-8-sig")
     except pd.errors.EmptyDataError:
         return []
@@ -223,9 +226,17 @@ def _example_of_columns(item: Mapping[str, Any]) -> tuple[str, Any]:
         return kind, _text(needed[0], item[needed[0]])
     prompt, completion = (item[name] for name in needed)
     for name in beside:  # an instruction's own material; most rows have none
-        if isinstance(item[name], str) and item[name].strip():
+        if not _is_nothing(_plain(item[name])):
             prompt = f"{_text(needed[0], prompt)}\n\n{_text(name, item[name])}"
     return _pair(needed[0], prompt, needed[1], completion)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Blank, empty, or what pandas has where nothing is."""
+    import pandas as pd
+
+    blank = isinstance(value, str) and not value.strip()
+    return blank or value == [] or pd.isna(value) is True
 
 
 def _pair(prompt_name: str, prompt: Any, completion_name: str, completion: Any) -> tuple[str, Any]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from adapterlab.errors import AdapterLabError
 from adapterlab.methods import is_drawn
 from adapterlab.preflight import Preflight
+from adapterlab.quantization import packed_as
 from adapterlab.vocabulary import differences, read_vocabulary
-from adapterlab.weights import header_kinds, header_shapes
+from adapterlab.weights import header_kinds, header_shapes, read_tensor
 
 if TYPE_CHECKING:
     from adapterlab.hub import AdapterFiles
@@ -36,6 +37,47 @@ def read_shapes(flight: Preflight, files: AdapterFiles) -> Shapes | None:
     except AdapterLabError as error:
         flight.tell(str(error), [("tensors", files.weights_file.name, "not readable", "adapter weights")], problem=True)
         return None
+
+
+def leave_copies(flight: Preflight, model: Any, files: AdapterFiles, expected: Shapes | None, shapes: Shapes) -> Shapes:
+    """`shapes` without the base's own embeddings and head, which PEFT copies into the file of an adapter that stands on them
+    (`save_embedding_layers`). What is left out equals the base's, and is told; these tensors alone are read."""
+    ends = _ends(model)
+    found = {key: ends[path] for key in shapes if (path := _base_path(key)) in ends and key not in (expected or ())}
+    copies = [key for key, module in found.items() if _equals(files, key, shapes[key], module)]
+    if copies:
+        flight.left_out += copies
+        flight.tell(f"its copy of the base's own tensors is left out: {listed(copies)}.", [], problem=False)
+    others = [key for key in found if key not in copies]
+    if others:
+        flight.tell(
+            f"it brings {'tensors' if len(others) > 1 else 'a tensor'} of the base itself with other values than this base's: "
+            f"{listed(others)}. Base must stay base: open the lab with the base that it was trained on, or have it saved "
+            "without them, by save_pretrained(folder, save_embedding_layers=False).",
+            [("tensors", key, list(shapes[key]), "as in the base") for key in others],
+            problem=True,
+        )
+    return {key: shape for key, shape in shapes.items() if key not in found}
+
+
+def _ends(model: Any) -> dict[str, Any]:
+    """Path → module, of the input and output embeddings."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    modules = model.named_modules(remove_duplicate=False)
+    return {path: module for path, module in modules if any(module is end for end in ends)}
+
+
+def _base_path(key: str) -> str:
+    """The module whose own tensor this is, if it is one: PEFT's layers keep the base's as their base_layer."""
+    return key.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _equals(files: AdapterFiles, key: str, shape: tuple[int, ...], module: Any) -> bool:
+    """Whether the file's tensor is the one that `module` has, in the dtype that it has it in."""
+    kept = module._parameters.get(key.rpartition(".")[2])
+    if kept is None or kept.is_meta or packed_as(module) is not None or tuple(kept.shape) != shape:
+        return False
+    return bool((read_tensor(files.weights_file, key).to(kept.device, kept.dtype) == kept).all())
 
 
 def check_tensors(flight: Preflight, model: Any, config: Any, expected: Shapes | None, shapes: Shapes) -> None:
@@ -173,12 +215,11 @@ def check_vocabulary(
 
 def _check_tables(flight: Preflight, model: Any, rows: int, shapes: Shapes) -> None:
     """Tensors of the embeddings and of the head whose vocabulary is of another size than the model's."""
-    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    paths = {path for path, module in model.named_modules(remove_duplicate=False) if any(module is end for end in ends)}
+    paths = _ends(model)
     head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
     other: dict[str, int] = {}
     for key, shape in shapes.items():
-        path, kind = _split(key, dict.fromkeys(paths))
+        path, kind = _split(key.replace(".base_layer.", "."), paths)
         if path is None or len(shape) == 0:
             continue
         whole = kind == "" and key.endswith(("weight", "bias"))

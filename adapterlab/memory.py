@@ -188,10 +188,9 @@ def _kept_elsewhere(module: Any, name: str) -> tuple[str, Any]:
 
 def _own(mounted: Mounted, name: str) -> Iterator[tuple[str, Any, int]]:
     """(kind, tensor, bytes of its own elements) of an adapter: stacks.py lets its tensors lie in storages of several."""
-    for layer in list(mounted.layers.values()):
-        for label, tensor in adapter_tensors(layer, name):
-            kind = "modules_to_save" if label.startswith("modules_to_save.") else "weights"
-            yield kind, tensor, 0 if tensor.is_meta else tensor.numel() * tensor.element_size()
+    for label, tensor in adapter_tensors(list(mounted.layers.values()), name):
+        kind = "modules_to_save" if label.startswith("modules_to_save.") else "weights"
+        yield kind, tensor, 0 if tensor.is_meta else tensor.numel() * tensor.element_size()
 
 
 def _adapter_rows(adapters: Adapters, name: str, mounted: Mounted, counted: Storages) -> list[Row]:

@@ -47,8 +47,9 @@ class Preflight:
     """The verdict on one adapter: `problems` forbid loading it, `notes` are worth knowing; both are sentences.
 
     `tensors` is how many of the layers' tensors the file holds, `expected` how many there are, `parameters` how many
-    values those in the file have. `mismatches` has one entry for each thing that differs, however many the sentences
-    name; `to_frame()` gives them as a table.
+    values those in the file have. `left_out`: tensors of the base itself, copied into the file and equal to the base's, which
+    are not loaded. `mismatches` has one entry for each thing that differs, however many the sentences name; `to_frame()`
+    gives them as a table.
 
     >>> saved = lab.save_adapter("pirate", folder / "pirate")
     >>> preflight = lab.check_adapter(saved)
@@ -64,6 +65,7 @@ class Preflight:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list, repr=False)
+    left_out: list[str] = field(default_factory=list, repr=False)
 
     @property
     def ok(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, eq, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,8 +90,9 @@ class AdapterReader:
         return total.hexdigest()
 
     def nbytes(self) -> int:
-        """Bytes of the tensors that `digest` read last."""
-        return sum(table[key].nbytes for table, key in zip(*self._slots[1:]))
+        """Bytes of the tensors that `digest` read last, each counted once."""
+        tensors = map(dict.__getitem__, *self._slots[1:])
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
     def _stands(self) -> bool:
         """Whether every step leads where it led, and to a tensor."""
@@ -124,11 +125,18 @@ class AdapterReader:
         self._known = None
 
 
-def adapter_tensors(layer: Any, name: str) -> list[tuple[str, Tensor]]:
-    """The tensors that adapter `name` owns in one of PEFT's layers, keyed without the name, in a fixed order."""
-    found: list[Slot] = []
-    _find_owned(layer, name, "", found, [])
-    return [(label, table[key]) for label, table, key in sorted(found, key=_label)]
+def adapter_tensors(layers: Iterable[Any], name: str) -> list[tuple[str, Tensor]]:
+    """The tensors that adapter `name` owns in PEFT's layers, keyed without the name, layer by layer in a fixed order.
+
+    Each is given once: tokens trained on tied embeddings, Lily's A and RandLora's bases stand in several layers.
+    """
+    owned: dict[int, tuple[str, Tensor]] = {}
+    for layer in layers:
+        found: list[Slot] = []
+        _find_owned(layer, name, "", found, [])
+        for label, table, key in sorted(found, key=_label):
+            owned.setdefault(id(table[key]), (label, table[key]))
+    return list(owned.values())
 
 
 _label = itemgetter(0)

@@ -48,9 +48,11 @@ def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_pa
         config.base_model_name_or_path = base_path
     feed_forward, targets = getattr(config, "feedforward_modules", None), getattr(config, "target_modules", None)
     if isinstance(targets, (set, list)):
-        config.target_modules = sorted(targets)  # sets would be written in another order each time
         if isinstance(feed_forward, (set, list)):
-            config.feedforward_modules = sorted(module for module in feed_forward if module in targets)
+            longer = {one for one in feed_forward for t in targets if f".{one}".endswith(f".{t}")}  # of what is adapted anyway
+            shorter = {t for t in targets for one in feed_forward if f".{t}".endswith(f".{one}")}
+            config.feedforward_modules, targets = sorted(longer | shorter), {*targets, *longer}
+        config.target_modules = sorted(targets)  # sets would be written in another order each time
     tensors = {key: value.contiguous().clone() for key, value in _as_saved(state).items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config.save_pretrained(str(folder))

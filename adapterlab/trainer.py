@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from adapterlab.adalora import AdaLoraCallback
 from adapterlab.errors import AdapterLabError, StoppedError
+from adapterlab.examples import IGNORED
 from adapterlab.guards import put_back
 from adapterlab.peaks import note, optimizer_tensors
 from adapterlab.sessions import interrupt_stops
@@ -69,6 +70,9 @@ class AdapterTrainer(Trainer):
         self._started = time.perf_counter()
         self.took = 0.0
         self._positions, self._filled = 0, torch.zeros((), dtype=torch.int64)
+        self._measured: list[
+            tuple[float, int]
+        ] = []  # of each batch that was evaluated: the sum of its loss, its tokens
         self.allocation: AdaLoraCallback | None = None
         self.before: Before | None = None  # while a step is taken
         with session.using() as model:
@@ -177,6 +181,33 @@ class AdapterTrainer(Trainer):
                 "learning rate, or look into the data."
             )
         return loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; notes how many tokens the batch's loss is the mean of."""
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        labels = inputs.get("labels")
+        if found[0] is not None and labels is not None:
+            counted = labels if getattr(self.model.config, "is_encoder_decoder", False) else labels[:, 1:]
+            tokens = int((counted != IGNORED).sum())
+            self._measured.append((float(found[0]) * tokens, tokens))
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As transformers' own; its loss is the mean over the tokens. Theirs weighs the batches' means by rows, so it changes
+        with the batch size."""
+        self._measured.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        tokens = sum(count for _, count in self._measured)
+        if f"{metric_key_prefix}_loss" in output.metrics and tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(loss for loss, _ in self._measured) / tokens
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "eval_loss" in logs:

@@ -40,6 +40,19 @@ def header_shapes(weights_file: Path) -> dict[str, tuple[int, ...]]:
         raise _unreadable(weights_file, error) from error
 
 
+def read_tensor(weights_file: Path, key: str) -> Any:
+    """One tensor of the file, on the CPU; key: without PEFT's prefix. Raises `AdapterLabError` where it can't be read."""
+    if weights_file.suffix != ".safetensors":
+        return read_weights(weights_file, finite=False)[key]
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(weights_file), framework="pt") as file:
+            return file.get_tensor(next(name for name in (PREFIX + key, key) if name in file.keys()))  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own types, by version
+        raise _unreadable(weights_file, error) from error
+
+
 def header_kinds(weights_file: Path) -> dict[str, str]:
     """Key → kind of number, of those tensors of a safetensors file that hold no floats where floats belong."""
     with weights_file.open("rb") as file:

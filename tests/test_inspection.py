@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 import standins
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from torch import nn
 
-from adapterlab import AdapterLab
+from adapterlab import AdapterLab, Comparison
 from adapterlab.inspection import count_new_parameters, linear_shapes
 
 CONFIGS: dict[str, Any] = {
@@ -144,6 +153,36 @@ def test_a_quantised_base_has_a_row_for_each_dtype(quantization: Any, tmp_path: 
     lab.add_adapter("lora", "mine", target_modules=["q_proj"])  # PEFT's layers around them have the same names
     again = lab.parameters()
     assert again[again["owner"] == "base"].set_index("dtype").equals(frame)
+
+
+SHARED = {
+    "tokens": TrainableTokensConfig(token_indices=[1, 2, 7], target_modules=["embed_tokens"]),
+    "lora and tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2, 7]),
+    "randlora": RandLoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_what_several_layers_share_is_counted_once(method: str) -> None:
+    """Tokens trained on tied embeddings stand at both ends, RandLora's random bases in every layer."""
+    plain: Any = get_peft_model(standins.tiny_llama(tie_word_embeddings=True), SHARED[method])
+    named = [*plain.named_parameters(), *plain.named_buffers()]  # each once
+    own = {tensor.data_ptr(): tensor.nbytes for name, tensor in named if "default" in name}
+    learned = plain.get_nb_trainable_parameters()[0]
+    lab = AdapterLab(standins.tiny_llama(tie_word_embeddings=True), tokenizer=standins.tiny_tokenizer())
+    lab.add_adapter(SHARED[method], "mine")
+    frame = lab.parameters()
+    mine = frame[frame["owner"] == "mine"]
+    assert mine["trainable"].sum() == learned
+    assert mine["bytes"].sum() == sum(own.values())
+    assert lab.adapters["mine"].parameters == learned
+    assert lab.adapters["mine"].bytes == sum(own.values())
+    memory = lab.memory()
+    assert memory.loc[(memory["owner"] == "mine") & (memory["source"] == "measured"), "bytes"].sum() == sum(
+        own.values()
+    )
+    compared = lab.compare("Hello", ["mine"], max_new_tokens=2)
+    assert Comparison.concat([compared]).to_frame()["adapter_megabytes"].tolist() == [sum(own.values()) / 1e6]
 
 
 def test_effective_leaves_out_what_adalora_pruned() -> None:

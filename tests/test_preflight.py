@@ -248,6 +248,41 @@ def test_embeddings_that_peft_saved_along(pirate: Path, tmp_path: Path, lab: Ada
     assert items(flight, "tensors") == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_the_bases_own_tensors_that_peft_copied_along(
+    target: str, safe: bool, tmp_path: Path, lab: AdapterLab, ids: Any
+) -> None:
+    """PEFT does so for a LoRA on embeddings or head: it fits where they equal the base's, and nowhere else."""
+    from peft import get_peft_model
+
+    made = LoraConfig(r=4, target_modules=["q_proj", target], init_lora_weights=False)
+    plain = get_peft_model(standins.tiny_llama(), made).eval()
+    plain.save_pretrained(tmp_path / "x", safe_serialization=safe)
+    path = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}[target]
+    flight = lab.check_adapter(tmp_path / "x")
+    assert flight.ok
+    assert flight.left_out == [f"{path}.base_layer.weight"]
+    assert flight.left_out[0] in " ".join(flight.notes)
+    lab.load_adapter(tmp_path / "x", "x")
+    with torch.no_grad():
+        assert torch.equal(logits_of(lab, ids), plain(ids).logits)
+        with lab.using(None) as bare:
+            assert torch.equal(bare(ids).logits, standins.tiny_llama()(ids).logits)
+    lab.compare("Hello", max_new_tokens=2)
+    assert lab.verify()["agrees"].all()
+    other = standins.tiny_llama()
+    with torch.no_grad():
+        other.get_submodule(path).weight[7, 3] += 0.01
+    elsewhere = AdapterLab(other, tokenizer=standins.tiny_tokenizer())
+    before = state(elsewhere)
+    said = refusal(lambda: elsewhere.load_adapter(tmp_path / "x"))
+    assert f"other values than this base's: {path}.base_layer.weight" in said
+    assert "save_embedding_layers=False" in said
+    assert state(elsewhere) == before
+
+
 class TestTokenizerBeside:
     def test_more_tokens_than_rows(self, pirate: Path, tmp_path: Path, lab: AdapterLab) -> None:
         folder = changed(pirate, tmp_path / "x")

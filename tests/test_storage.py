@@ -34,6 +34,34 @@ def test_a_saved_adapter_is_plain_pefts(full_lab: AdapterLab, name: str, ids: to
     assert full_lab.adapters["again"].status == "loaded"
 
 
+@pytest.mark.parametrize(
+    ("make", "targets", "feed_forward"),
+    [
+        (standins.tiny_gpt2, ["c_proj"], None),  # PEFT's own feedforward_modules: mlp.c_proj
+        (standins.tiny_gpt2, ["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+        (standins.tiny_llama, ["self_attn.k_proj", "mlp.down_proj"], None),  # PEFT's own: down_proj
+        (standins.tiny_llama, ["k_proj", "down_proj"], []),
+    ],
+)
+def test_ia3_whose_feed_forward_names_are_longer_or_shorter_than_its_targets(
+    make: Any, targets: list[str], feed_forward: list[str] | None, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """Which layers are scaled before and which behind stands in the config: it has to survive the file."""
+    lab = AdapterLab(make(), tokenizer=standins.tiny_tokenizer())
+    chosen: dict[str, Any] = {} if feed_forward is None else {"feedforward_modules": feed_forward}
+    chosen["fan_in_fan_out"] = make is standins.tiny_gpt2
+    lab.add_adapter("ia3", "x", target_modules=targets, init_ia3_weights=False, **chosen)
+    for place, (_, tensor) in enumerate(sorted(lab._adapters.state("x")[1].items())):
+        tensor.copy_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(place)) + 0.5)
+    expected = logits_of(lab, ids)
+    folder = lab.save_adapter("x", tmp_path / "x")
+    lab.load_adapter(folder, "again")
+    assert torch.equal(logits_of(lab, ids), expected)
+    plain = PeftModel.from_pretrained(make(), folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, expected, **CLOSE)
+
+
 def test_adapters_with_a_whole_module_save_it(lab: AdapterLab, ids: torch.Tensor, tmp_path: Path) -> None:
     lab.add_adapter("lora", "head", modules_to_save=["lm_head"], init_lora_weights=False)
     for name, p in lab.model.named_parameters():

@@ -32,6 +32,7 @@ PAIRS = [
 LORA = {"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 ADALORA = {"method": "adalora", "init_r": 6, "target_r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 QUIET = {"disable_tqdm": True}
+BEYOND = [{"input_ids": [1, 2]}, {"input_ids": [1, 320]}]  # the tiny Llama has rows for the tokens 0 to 319
 
 
 def tensors(lab: AdapterLab, name: str) -> dict[str, torch.Tensor]:
@@ -697,6 +698,13 @@ class TestBadInput:
             ("new", {**LORA, "lerning_rate": 1}, r"'lerning_rate' \(did you mean 'learning_rate'\?\)"),
             ("new", {"method": "lorra"}, r"'lorra' is no PEFT method"),
             ("new", {**LORA, "max_steps": 0}, r"max_steps=0 is no whole number"),
+            ("new", {**LORA, "max_steps": -1}, r"max_steps=-1 leaves .* to num_train_epochs: give that too"),
+            ("new", {**LORA, "num_train_epochs": 0}, r"num_train_epochs=0 is no number above 0"),
+            ("new", {**LORA, "num_train_epochs": -2}, r"num_train_epochs=-2 is no number above 0"),
+            ("new", {**LORA, "num_train_epochs": "3"}, r"num_train_epochs='3' is no number above 0"),
+            ("new", {**LORA, "num_train_epochs": float("nan")}, r"num_train_epochs=nan is no number above 0"),
+            ("new", {**LORA, "max_steps": 3, "num_train_epochs": float("inf")}, r"num_train_epochs=inf is no number"),
+            ("new", {**LORA, "eval_dataset": BEYOND}, r"eval_dataset can't be used: row 2: token 320, .*320 rows"),
             ("new", {**LORA, "learning_rate": float("nan")}, r"learning_rate=nan"),
             ("new", {**LORA, "per_device_train_batch_size": 0}, r"per_device_train_batch_size=0"),
             ("new", {**LORA, "lr_scheduler_type": "zigzag"}, r"zigzag"),
@@ -720,6 +728,38 @@ class TestBadInput:
             with pytest.raises(AdapterLabError):
                 lab.train("new", data, **LORA, **QUIET)
             assert list(lab.adapters) == []
+
+    def test_tokens_that_the_base_lacks(self, lab: AdapterLab) -> None:
+        labels = [{"input_ids": [1, 2], "labels": [1, token]} for token in (319, 320, -5)]
+        with pytest.raises(
+            AdapterLabError, match=r"row 2: token 320, where the base has 320 rows of the head.*row 3: token -5"
+        ):
+            lab.train("new", labels, **LORA, **QUIET)
+        lab.train("new", labels[:1], max_steps=1, **LORA, **QUIET)
+        lab.set_adapter(None)
+        lab.tokenizer.add_tokens(["<ship>"])  # its id is 320
+        with pytest.raises(
+            AdapterLabError, match=r"rows 1 and 3: token 320.*resize_token_embeddings\(len\(tokenizer\)\)"
+        ):
+            lab.train("other", ["A <ship>", "A whale", "<ship>!"], **LORA, **QUIET)
+        assert list(lab.adapters) == ["new"]
+
+    def test_a_tokenizer_and_a_base_that_grew_together(self) -> None:
+        tokenizer, model = tiny_tokenizer(), tiny_llama()
+        tokenizer.add_tokens(["<ship>"])
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        lab = AdapterLab(model, tokenizer=tokenizer)
+        config = LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"])
+        lab.train("new", ["A <ship>"], method=config, max_steps=1, **QUIET)
+        assert (
+            lab.train("new", ["A <ship>"], max_steps=1, **QUIET).steps == 1
+        )  # its layers stand over the embeddings now
+
+    def test_epochs_that_are_not_given(self, lab: AdapterLab) -> None:
+        run = lab.train("new", PAIRS, max_steps=2, num_train_epochs=None, **LORA, **QUIET)
+        assert (run.steps, run.total_steps) == (2, 2)
+        run = lab.train("new", PAIRS, max_steps=-1, num_train_epochs=2, **QUIET)
+        assert run.steps == 2  # six rows are one batch
 
     def test_another_adapter_of_that_name(self, lab: AdapterLab) -> None:
         lab.train("new", PAIRS, max_steps=1, **LORA, **QUIET)

@@ -391,6 +391,12 @@ def test_an_instructions_material_belongs_to_the_prompt() -> None:
     assert read_training_data(pd.DataFrame(rows), tokenizer).rows == expected
     rows = [{"instruction": "Add.", "context": "2 and 2", "response": "4"}]
     assert read_training_data(rows, tokenizer).rows == expected[:1]
+    for nothing in ("  ", [], float("nan"), pd.NA, np.nan):
+        rows = [{"instruction": "Sing.", "input": nothing, "output": "La."}]
+        assert read_training_data(rows, tokenizer).rows == expected[1:2]
+    for what in (21, ["2", "3"], {"a": 1}):
+        with pytest.raises(AdapterLabError, match=r"row 1: input is .* and no text"):
+            read_training_data([{"instruction": "Double it.", "input": what, "output": "42"}], tokenizer)
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
@@ -514,6 +520,12 @@ def test_what_the_tokenizer_lacks_is_said() -> None:
         ("rows.csv", "", r"has no rows from rows\.csv"),
         ("rows.csv", "prompt,completion\na,\n", "row 1: completion is empty"),
         ("rows.csv", "a,b\n1,2\n", "has the columns a, b; needed is"),
+        (
+            "rows.csv",
+            "text\nHello, world\nBye, moon\n",
+            "more fields than its header: put texts that hold commas between",
+        ),
+        ("rows.csv", "prompt,completion\nHi,Arr, matey\n", "more fields than its header"),
         ("rows.csv", 'prompt,completion\n"a,b\n', r"rows\.csv can't be read as \.csv in UTF-8"),
         ("rows.txt", "\n \n", r"has no rows from rows\.txt"),
         ("rows.txt", b"\xff\xfe\x00", r"rows\.txt can't be read as \.txt in UTF-8"),
