@@ -1069,8 +1069,8 @@ class AdapterLab(Looking):
 
     @blends.setter
     def blends(self, columns: Iterable[ColumnLike]) -> None:
-        self._check_open()  # and no lock: a panel sets it while the lab is at work
-        self._blends = tuple(dict.fromkeys(self._adapters.column(column) for column in columns))
+        seen = self._seen()  # and no lock: a panel sets it while the lab is at work, and may not meddle with that
+        self._blends = tuple(dict.fromkeys(seen.column(column) for column in columns))
         self._tell("blends")
 
     @property

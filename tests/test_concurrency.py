@@ -517,6 +517,36 @@ def test_who_looks_sees_the_selection_while_another_thread_uses_a_column(adapter
     lab.close()
 
 
+def test_blends_are_set_in_the_middle_of_a_load_and_leave_it_alone(
+    adapter_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They took PEFT's layers that were not whole yet for tampering, and "repaired" the model: adapters were lost."""
+    from adapterlab import mounts
+
+    lab, halves, failed = opened(adapter_folders), {"pirate": 0.5, "poet": 0.5}, []
+    load_state = mounts.load_state
+
+    def set_blends() -> None:
+        try:
+            lab.blends = [halves]
+        except BaseException as error:
+            failed.append(error)
+
+    def loading(*arguments: Any) -> None:
+        thread = threading.Thread(target=set_blends)
+        thread.start()
+        thread.join(LIMIT)
+        assert lab.blends == (Column.of(halves),), failed
+        load_state(*arguments)
+
+    monkeypatch.setattr(mounts, "load_state", loading)
+    lab.load_adapter(adapter_folders["wide"], "wide")
+    assert list(lab.adapters) == [*FIXED, "wide"]
+    assert not failed
+    assert lab.verify(lab.compare(PROMPTS[0], max_new_tokens=2))["agrees"].all()
+    lab.close()
+
+
 def test_scoring_that_waited_for_a_lab_that_was_closed_has_no_scores(adapter_folders: dict[str, Path]) -> None:
     lab, found = opened(adapter_folders), []
     comparison = lab.compare(PROMPTS[0], ["pirate"], max_new_tokens=2)
