@@ -4,7 +4,7 @@ configs are fetched."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,12 @@ def name_all(own: dict[str, PeftConfig], adapters: Any, where: dict[str, Any]) -
                 raise AdapterLabError(f"{name!r} can't be an adapter's name: give each a name of its own.")
             found[name] = _find_adapter(one, where)[1]
         return found
-    for one in [adapters] if isinstance(adapters, (str, os.PathLike, PeftConfig)) else adapters:
+    listed = [adapters] if isinstance(adapters, (str, os.PathLike, PeftConfig)) else adapters or []
+    if not isinstance(listed, Iterable):
+        raise AdapterLabError(
+            f"adapters={adapters!r:.80} names none: give a method's name, a config, a folder, a Hub id, or a list of them."
+        )
+    for one in listed:
         stem, config = _find_adapter(one, where)
         name, count = stem, 1
         while name in found:

@@ -489,7 +489,12 @@ def free_memory(model: Any) -> int:
 
 
 def check_context(model: Any, prompts: Sequence[Prompt], settings: Settings) -> None:
-    """Raise `AdapterLabError` if a prompt and its answer can't fit the model's context."""
+    """Raise `AdapterLabError` if a prompt and its answer can't fit the context, or the model lacks one of its tokens."""
+    from adapterlab.vocabulary import HOW_TO_READ_THEM, token_without_row
+
+    for prompt in prompts:
+        if wrong := token_without_row(model, prompt.ids):
+            raise AdapterLabError(f"The prompt {prompt.given[:40]!r} holds {wrong}. {HOW_TO_READ_THEM}")
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is None:
         return

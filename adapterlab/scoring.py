@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.columns import Column
-from adapterlab.errors import StoppedError
+from adapterlab.errors import AdapterLabError, StoppedError
 from adapterlab.fingerprints import base_digest
 from adapterlab.generation import cache_bytes, decoder_start, eval_mode, free_memory, input_device
 from adapterlab.peaks import cache_tensors, note
@@ -75,6 +75,11 @@ def score_passages(
     """
     import torch
 
+    from adapterlab.vocabulary import HOW_TO_READ_THEM, token_without_row
+
+    for passage in passages:
+        if wrong := token_without_row(adapters.model, (*passage.source, *passage.ids)):
+            raise AdapterLabError(f"The text holds {wrong}. {HOW_TO_READ_THEM}")
     names = dict.fromkeys(name for column in columns for name in column.names)
     scores: Scores = {(column, i): Score() for column in columns for i in range(len(passages))}
     with torch.no_grad(), eval_mode(adapters.model):

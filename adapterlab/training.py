@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.columns import as_plain
+from adapterlab.columns import as_plain, is_finite
 from adapterlab.errors import AdapterLabError
+from adapterlab.examples import Problems
 from adapterlab.guards import put_back
 from adapterlab.notices import say
 from adapterlab.training_data import TrainingData, make_collator, read_training_data
@@ -107,19 +108,31 @@ class Lessons:
 def read_lessons(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, dataset: Any, eval_dataset: Any, max_length: Any, seed: int
 ) -> Lessons:
-    """Both datasets as rows; `eval_dataset` may be a share of `dataset` to hold out, 0 to 1."""
+    """Both datasets as rows of tokens that the model has; `eval_dataset` may be a share to hold out, 0 to 1."""
     text = model.config.get_text_config()
     how = {
         "encoder_decoder": bool(getattr(model.config, "is_encoder_decoder", False)),
         "context": getattr(text, "max_position_embeddings", None),
         "max_length": max_length,
     }
-    train = read_training_data(dataset, tokenizer, **how)
+    train = _with_known_tokens(read_training_data(dataset, tokenizer, **how), model, "dataset")
     if eval_dataset is None:
         return Lessons(train, None)
     if isinstance(eval_dataset, numbers.Real) and not isinstance(eval_dataset, bool):
         return Lessons(*train.split(float(eval_dataset), seed))
-    return Lessons(train, read_training_data(eval_dataset, tokenizer, **how, label="eval_dataset"))
+    held_out = read_training_data(eval_dataset, tokenizer, **how, label="eval_dataset")
+    return Lessons(train, _with_known_tokens(held_out, model, "eval_dataset"))
+
+
+def _with_known_tokens(data: TrainingData, model: Any, label: str) -> TrainingData:
+    from adapterlab.vocabulary import HOW_TO_READ_THEM, token_without_row
+
+    problems = Problems(label)
+    for number, row in enumerate(data.rows, 1):
+        if wrong := token_without_row(model, row["input_ids"], row["labels"]):
+            problems.add(number, wrong)
+    problems.raise_any(HOW_TO_READ_THEM)
+    return data
 
 
 def make_arguments(given: dict[str, Any], lessons: Lessons, model: Any, method: str, folder: str) -> TrainingArguments:
@@ -132,8 +145,10 @@ def make_arguments(given: dict[str, Any], lessons: Lessons, model: Any, method: 
     from transformers import TrainingArguments
 
     chosen = dict(given)
+    if chosen.get("num_train_epochs") is None:
+        chosen.pop("num_train_epochs", None)
     if chosen.get("max_steps") is None:
-        chosen["max_steps"] = -1 if chosen.get("num_train_epochs") else DEFAULT_STEPS
+        chosen["max_steps"] = -1 if "num_train_epochs" in chosen else DEFAULT_STEPS
     if chosen.get("learning_rate") is None:
         chosen["learning_rate"] = LEARNING_RATES.get(method, DEFAULT_LEARNING_RATE)
     _check_numbers(chosen)
@@ -177,6 +192,11 @@ def _check_numbers(chosen: dict[str, Any]) -> None:
             or (value < 1 and (name, value) != ("max_steps", -1))
         ):
             wrong.append(f"{name}={value!r} is no whole number from 1 up")
+    epochs = chosen.get("num_train_epochs", 1)
+    if not is_finite(epochs) or epochs <= 0:
+        wrong.append(f"num_train_epochs={epochs!r} is no number above 0")
+    if chosen["max_steps"] == -1 and "num_train_epochs" not in chosen:
+        wrong.append("max_steps=-1 leaves the number of steps to num_train_epochs: give that too")
     rate = chosen["learning_rate"]
     if not isinstance(rate, numbers.Real) or isinstance(rate, bool) or not math.isfinite(rate) or rate < 0:
         wrong.append(f"learning_rate={rate!r} is no number from 0 up")

@@ -1,11 +1,14 @@
-"""The vocabulary an adapter was trained with, as its tokenizer's files tell it; read as JSON, nothing is executed."""
+"""The vocabulary an adapter was trained with, as its tokenizer's files tell it; read as JSON, nothing is executed.
+And the tokens that a base has no rows for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.examples import IGNORED
 from adapterlab.strangers import read_json
 
 if TYPE_CHECKING:
@@ -87,3 +90,27 @@ def differences(theirs: Vocabulary, tokenizer: PreTrainedTokenizerBase | None) -
     unknown = [text for text in theirs.special if text not in known]
     mine = {role: getattr(tokenizer, role, None) for role in theirs.roles}
     return unknown, {role: mine[role] for role, text in theirs.roles.items() if mine[role] != text}
+
+
+HOW_TO_READ_THEM = (
+    "Use the tokenizer of this base, or load the base with transformers, call "
+    "model.resize_token_embeddings(len(tokenizer)), and open AdapterLab(model, tokenizer=tokenizer) on it."
+)
+
+
+def token_without_row(model: Any, ids: Iterable[int], labels: Iterable[int] = ()) -> str:
+    """One of these ids that the model can't read, or of the labels that it can't foretell, in words; "" if all is well."""
+    rows, heads = _rows(model.get_input_embeddings()), _rows(model.get_output_embeddings())
+    for found, count, of in ((set(ids), rows, "embeddings"), (set(labels) - {IGNORED}, heads, "the head")):
+        wrong = sorted(one for one in found if not 0 <= one < count) if count else []
+        if wrong:
+            return f"token {wrong[-1]}, where the base has {count} rows of {of} (0 to {count - 1})"
+    return ""
+
+
+def _rows(layer: Any) -> int:
+    """How many tokens embeddings or a head are for, whatever stands over them; 0 where that can't be told."""
+    layer = getattr(layer, "base_layer", layer)
+    told = getattr(layer, "num_embeddings", None) or getattr(layer, "out_features", None)
+    weight = getattr(layer, "weight", None)
+    return told if isinstance(told, int) else 0 if weight is None else int(weight.shape[0])

@@ -34,7 +34,12 @@ class FakeLab:
         self.tokenizer = FakeTokenizer()
         layers = {f"layers.{i}.{name}": (64, out) for i in range(3) for name, out in (("q_proj", 64), ("v_proj", 16))}
         modules = [(path, SimpleNamespace(in_features=n_in, out_features=out)) for path, (n_in, out) in layers.items()]
-        self.model = SimpleNamespace(named_modules=lambda: modules, config=FakeConfig())
+        self.model = SimpleNamespace(
+            named_modules=lambda: modules,
+            config=FakeConfig(),
+            get_input_embeddings=lambda: None,
+            get_output_embeddings=lambda: None,
+        )
         self.adapters: dict[str, Any] = {}
         self.selection, self.enabled, self.closed = Column(), True, False
         self.trainable: str | None = None

@@ -300,6 +300,27 @@ def test_mistakes_are_said_and_change_nothing(full_lab: AdapterLab, mistake: str
     assert "poet" in full_lab.model.peft_config  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("builder", ["tiny_llama", "tiny_t5"])
+def test_tokens_that_the_base_lacks_are_said(builder: str) -> None:
+    tokenizer = standins.tiny_tokenizer(seq2seq=builder == "tiny_t5")
+    rows = base_model(builder).get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens([f"<{number}>" for number in range(rows - len(tokenizer) + 1)])
+    last = tokenizer.convert_ids_to_tokens(rows)  # the one for which there is no row
+    lab = AdapterLab(copy.deepcopy(base_model(builder)), tokenizer=tokenizer)
+    lab.add_adapter("lora", "new")
+    said = rf"token {rows}, where the base has {rows} rows of embeddings.*resize_token_embeddings"
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: lab.divergence(f"A {last} sails.", prompt="What?"),
+        lambda: lab.divergence("A ship.", prompt=f"{last}?"),
+        lambda: lab.evaluate([("What?", f"A {last}"), (f"{last}?", "A ship.")]),
+        lambda: lab.compare(f"A {last} sails."),
+    )
+    for call in calls:
+        with pytest.raises(AdapterLabError, match=said):
+            call()
+    assert lab.history == []
+
+
 def test_without_a_token_before_it_a_text_begins_untold() -> None:
     """A tokenizer that puts nothing in front, as GPT-2's: the first token has no row, and alone it is refused."""
     from tokenizers import processors

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from standins import (
@@ -526,6 +527,7 @@ def test_the_transformers_that_others_see_is_put_back() -> None:
         ({"revision": "main"}, "revision= belongs to a model's id"),
         ({"adapters": ["lorra"]}, "'lorra' is no PEFT method"),
         ({"adapters": [lora(target_modules=["nowhere"])]}, "'lora' can't be put into OPTConfig: .*nowhere"),
+        ({"adapters": 5}, "adapters=5 names none: give a method's name"),
         ({"adapters": {"": "lora"}}, "can't be an adapter's name"),
         ({"adapters": ["prompt_tuning"]}, "PromptTuningConfig|PROMPT_TUNING"),
         ({"attn_implementation": "nonsense"}, "OPTConfig can't be built from its config: .*nonsense"),
@@ -534,6 +536,12 @@ def test_the_transformers_that_others_see_is_put_back() -> None:
 def test_mistakes_are_said(keywords: dict[str, Any], said: str) -> None:
     with pytest.raises(AdapterLabError, match=said):
         AdapterLab.estimate(CONFIGS["opt"], **keywords)
+
+
+def test_no_adapters_in_whatever_words() -> None:
+    pd.testing.assert_frame_equal(
+        AdapterLab.estimate(CONFIGS["opt"], adapters=None), AdapterLab.estimate(CONFIGS["opt"], adapters=[])
+    )
 
 
 def test_an_encoder_and_a_plain_module_are_refused() -> None:
