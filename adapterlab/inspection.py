@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterlab.pagetext import escape, table_html, without_maths
 from adapterlab.reading import adapter_tensors
@@ -72,37 +72,68 @@ def dtype_label(dtype: str) -> str:
     return _DTYPES.get(dtype, dtype)
 
 
-def linear_shapes(model: Any) -> dict[str, list[tuple[int, int]]]:
-    """What `target_modules` can name: last name of each linear layer → (in_features, out_features) of all so called.
+class Linear(NamedTuple):
+    """A linear layer's in_features and out_features; feedforward: whether IA3 scales what goes into it, not its output."""
+
+    n_in: int
+    n_out: int
+    feedforward: bool = False
+
+
+def linear_shapes(model: Any) -> dict[str, list[Linear]]:
+    """What `target_modules` can name: last name of each linear layer → the layers so called.
 
     Adapters that are mounted count as the layers they stand in for. Sorted by name; nothing is changed.
     """
-    found: dict[str, list[tuple[int, int]]] = {}
-    for path, module in model.named_modules():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+
+    scaled_before = tuple(FEEDFORWARD.get(getattr(model.config, "model_type", None), ()))  # PEFT's choice, by its rule
+    found: dict[str, list[Linear]] = {}
+    for path, module in _bare_modules(model):
         name = path.rpartition(".")[2]
         sizes: Any = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         if type(module).__name__ == "Conv1D":
             sizes = tuple(module.weight.shape)
-        if all(isinstance(size, int) for size in sizes) and not _inside_an_adapter(path):
-            found.setdefault(name, []).append(sizes)
+        if all(isinstance(size, int) for size in sizes):
+            found.setdefault(name, []).append(Linear(*sizes, path.endswith(scaled_before)))
     return dict(sorted(found.items()))
 
 
-def _inside_an_adapter(path: str) -> bool:
-    return any(part == "base_layer" or part.startswith(("lora_", "ia3_")) for part in path.split("."))
+def _bare_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """(path, module) of the model as it would be with nothing mounted."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from adapterlab.equation import Blend
+
+    own: dict[str, str] = {}  # where something stands in for a module → the name that the base's own has in it
+    bare: dict[str, str | None] = {}  # path → what it would be, or None for what is an adapter's
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        above = bare.get(parent, parent)
+        if parent in own:
+            bare[path] = above if name == own[parent] else None
+        else:
+            bare[path] = None if above is None else f"{above}.{name}".removeprefix(".")
+        if isinstance(module, (BaseTunerLayer, Blend)):
+            own[path] = "base_layer"
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            own[path] = "original_module"
+        elif (found := bare[path]) is not None:
+            yield found, module
 
 
-def count_new_parameters(method: str, r: int, shapes: Iterable[tuple[int, int]]) -> int:
-    """Parameters that a fresh adapter would train on linear layers of these (in, out) shapes.
+def count_new_parameters(method: str, r: int, layers: Iterable[Linear]) -> int:
+    """Parameters that a fresh adapter would train on these layers.
 
-    lora: r·(in + out); adalora: r·(in + out + 1); ia3: out, as it is where nothing is said of feedforward_modules.
+    lora: r·(in + out); adalora: r·(in + out + 1); ia3: out, or in where PEFT takes the layer for a feed-forward one.
     """
     each = {
-        "lora": lambda n_in, n_out: r * (n_in + n_out),
-        "adalora": lambda n_in, n_out: r * (n_in + n_out + 1),
-        "ia3": lambda n_in, n_out: n_out,
+        "lora": lambda one: r * (one.n_in + one.n_out),
+        "adalora": lambda one: r * (one.n_in + one.n_out + 1),
+        "ia3": lambda one: one.n_in if one.feedforward else one.n_out,
     }[method]
-    return sum(each(n_in, n_out) for n_in, n_out in shapes)
+    return sum(map(each, layers))
 
 
 def summary_frame(adapters: Adapters) -> pd.DataFrame:
@@ -156,8 +187,7 @@ def parameters_frame(adapters: Adapters) -> pd.DataFrame:
         trained = {p.data_ptr() for p in mounted.trainable if p.numel()}
         tensors = [
             ("modules_to_save" if label.startswith("modules_to_save.") else "weights", t, t.data_ptr() in trained)
-            for layer in mounted.layers.values()
-            for label, t in adapter_tensors(layer, name)
+            for label, t in adapter_tensors(mounted.layers.values(), name)
         ]
         tensors.sort(key=lambda item: item[0] != "weights")
         mine = _size_rows(name, tensors, adapters.records[name].file_bytes)
@@ -207,18 +237,22 @@ def _pruned(mounted: Mounted, name: str) -> int:
 
 def people_count(number: float) -> str:
     """331196416 → `331 M`, 1572864 → `1.57 M`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
+    return _in_units(number, "k", "M", "B") or f"{number:.0f}"
 
 
 def people_bytes(number: float) -> str:
     """662392832 → `662 MB`, in 10⁶ bytes."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
-    return f"{number:.0f} B"
+    return _in_units(number, "kB", "MB", "GB") or f"{number:.0f} B"
+
+
+def _in_units(number: float, *units: str) -> str:
+    """Three digits of the largest unit that it fills, or fills when rounded; "" below the first."""
+    for power in range(len(units), 0, -1):
+        size = 1000**power
+        if number >= 0.9995 * size:
+            digits = f"{number / size:.3g}" if number < 999.5 * size else f"{number / size:.0f}"
+            return f"{digits} {units[power - 1]}"
+    return ""
 
 
 def summary_html(status: str, frame: pd.DataFrame) -> str:

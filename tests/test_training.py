@@ -105,7 +105,7 @@ class TestItLearns:
         method = {"method": "lora", "r": 2, "target_modules": "all-linear"}
         for size in (1, 4, 6):
             run = lab.train(
-                f"of {size}", PAIRS, max_steps=1, eval_dataset=PAIRS, per_device_eval_batch_size=size, **method, **QUIET
+                f"of-{size}", PAIRS, max_steps=1, eval_dataset=PAIRS, per_device_eval_batch_size=size, **method, **QUIET
             )
             assert run.history.eval_loss.iloc[0] == pytest.approx(losses / tokens, rel=1e-5)
 
