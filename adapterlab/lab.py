@@ -893,7 +893,8 @@ class AdapterLab(Looking):
         lessons = training.read_lessons(
             adapters.model, self._tokenizer, dataset, eval_dataset, max_length, wish.arguments.get("seed", 42)
         )
-        with TemporaryDirectory(prefix="adapterlab-") as scratch:
+        with contextlib.ExitStack() as at_last, TemporaryDirectory(prefix="adapterlab-") as scratch:
+            at_last.callback(self._tell, "adapters")  # also that a new one whose first step failed has gone
             kind = training.method_of(method) if new else adapters.info(name).method
             args = training.make_arguments(wish.arguments, lessons, adapters.model, kind, scratch)
             with training.told_of(adapters, name, lessons, new=new) as learning:
@@ -905,7 +906,6 @@ class AdapterLab(Looking):
                 run, ended = learning.run(wish.resume)
                 if ended is not None and not run.steps:
                     raise ended
-        self._tell("adapters")
         if ended is not None:
             raise training.with_what_is_kept(ended, run)
         return run

@@ -111,6 +111,17 @@ def test_listeners_hear_and_a_broken_one_breaks_nothing(lab: AdapterLab) -> None
     mend()
 
 
+def test_listeners_hear_that_an_adapter_whose_first_step_failed_has_gone(lab: AdapterLab) -> None:
+    """Its row stayed in every panel."""
+    heard: list[list[str]] = []
+    lab.on_change(lambda kind: heard.append(list(lab.adapters)) if kind == "adapters" else None)
+    hook = lab.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(AdapterLabError, match="became nan"):
+        lab.train("new", ["The moon is round."], method="lora", max_steps=2, disable_tqdm=True)
+    hook.remove()
+    assert heard[-1] == []
+
+
 def test_loading_without_selecting_leaves_what_acts(lab: AdapterLab, adapter_folders: dict[str, Path]) -> None:
     lab.load_adapter(adapter_folders["pirate"], "pirate")
     lab.set_adapter({"pirate": 0.5})

@@ -229,6 +229,23 @@ class TestPanelToLab:
         assert list(lab.adapters) == ["pirate"] == [n for n in panel.rows.by_name if n != "base"]
         assert list(panel.columns.cards) == ["base", "pirate"]
 
+    @pytest.mark.parametrize("where", ["a click", "a click that fails", "a cell", "a selection"])
+    def test_the_row_of_an_adapter_that_went_without_a_word_goes_with_the_next_call(
+        self, panel: Panel, lab: FakeLab, where: str
+    ) -> None:
+        """`lab.model.delete_adapter` in a cell: the lab notices it at its next call."""
+        del lab.adapters["robot"]
+        if where == "a cell":
+            lab.compare("Who is there?", on_token=lambda event: None)
+        elif where == "a selection":
+            lab.set_adapter("pirate")
+        else:
+            lab.fail_with = AdapterLabError("No adapter named 'robot'.") if "fails" in where else None
+            panel.do.use("pirate")
+            lab.wait()
+        assert list(panel.rows.by_name) == ["base", "pirate"]
+        assert "robot" not in panel.columns.cards
+
     def test_deleting_what_is_saved_nowhere_asks_first(self, panel: Panel, lab: FakeLab) -> None:
         lab.adapters["robot"].status = "unsaved"
         lab._emit("adapters")

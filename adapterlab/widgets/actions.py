@@ -347,7 +347,11 @@ class Actions:
                 self._state.code = code
             if self._state.notice is None and not self._lab.is_free():
                 self._state.notice = WAITING
-            job()
+            try:
+                job()
+            finally:
+                if not self._state.closed:
+                    self._state.read_missed(self._lab)
 
         self.worker.start(doing, told, stoppable=stoppable)
 

@@ -123,10 +123,12 @@ class Panel(w.VBox):
         elif kind == "adapters":
             self.state.read(self._lab)
         elif kind == "state":
+            self.state.read_missed(self._lab)
             self.state.read_selection(self._lab)
         elif kind == "blends":
             self.state.set_blends(self._lab.blends)
         elif kind == "history":
+            self.state.read_missed(self._lab)
             self.state.read_history(self._lab, own=self.do.mine())
             self.state.read_badges(self._lab)
         elif kind == "running":

@@ -185,6 +185,11 @@ class PanelState(t.HasTraits):
         self.has_chat = bool(getattr(lab.tokenizer, "chat_template", None))
         self.read_selection(lab)
 
+    def read_missed(self, lab: AdapterLab) -> None:
+        """Take over adapters that went without a word, deleted by `lab.model.delete_adapter` and found out later."""
+        if list(lab.adapters) != self.adapter_names:
+            self.read(lab)
+
     def set_blends(self, blends: tuple[Column, ...]) -> None:
         """Let these blends, and no others, have rows."""
         self._set_rows([row for row in self.rows if row.blend is None], blends)
