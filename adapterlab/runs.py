@@ -26,7 +26,7 @@ class TrainingRun:
 
     history: one row per logged step: step (from 1; 0 is before the first), loss (nats per token of a step, the mean
         over the steps since the row before; the orthogonal term not in it), eval_loss (nats per token, the mean over all tokens
-        of the held-out data, whatever the batch size; NaN where nothing was evaluated), learning_rate, seconds (since the start);
+        of the held-out data; NaN where nothing was evaluated), learning_rate, seconds (since the start);
         for AdaLoRA also orthogonality (mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F), budget (planned) and total_rank (kept).
     ranks: for AdaLoRA one row per pruning and layer: step, layer, module, rank, score; empty otherwise.
     steps, total_steps: done and planned. stopped_early: by Stop or Ctrl-C. error: what ended it otherwise, "" if nothing.
