@@ -72,7 +72,7 @@ def dtype_label(dtype: str) -> str:
     return _DTYPES.get(dtype, dtype)
 
 
-class Linear(NamedTuple):
+class LayerShape(NamedTuple):
     """A linear layer's in_features and out_features; feedforward: whether IA3 scales what goes into it, not its output."""
 
     n_in: int
@@ -80,7 +80,7 @@ class Linear(NamedTuple):
     feedforward: bool = False
 
 
-def linear_shapes(model: Any) -> dict[str, list[Linear]]:
+def linear_shapes(model: Any) -> dict[str, list[LayerShape]]:
     """What `target_modules` can name: last name of each linear layer → the layers so called.
 
     Adapters that are mounted count as the layers they stand in for. Sorted by name; nothing is changed.
@@ -88,14 +88,14 @@ def linear_shapes(model: Any) -> dict[str, list[Linear]]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
 
     scaled_before = tuple(FEEDFORWARD.get(getattr(model.config, "model_type", None), ()))  # PEFT's choice, by its rule
-    found: dict[str, list[Linear]] = {}
+    found: dict[str, list[LayerShape]] = {}
     for path, module in _bare_modules(model):
         name = path.rpartition(".")[2]
         sizes: Any = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         if type(module).__name__ == "Conv1D":
             sizes = tuple(module.weight.shape)
         if all(isinstance(size, int) for size in sizes):
-            found.setdefault(name, []).append(Linear(*sizes, path.endswith(scaled_before)))
+            found.setdefault(name, []).append(LayerShape(sizes[0], sizes[1], path.endswith(scaled_before)))
     return dict(sorted(found.items()))
 
 
@@ -105,6 +105,7 @@ def _bare_modules(model: Any) -> Iterator[tuple[str, Any]]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     from adapterlab.equation import Blend
+    from adapterlab.rows import RowLayer
 
     own: dict[str, str] = {}  # where something stands in for a module → the name that the base's own has in it
     bare: dict[str, str | None] = {}  # path → what it would be, or None for what is an adapter's
@@ -115,7 +116,7 @@ def _bare_modules(model: Any) -> Iterator[tuple[str, Any]]:
             bare[path] = above if name == own[parent] else None
         else:
             bare[path] = None if above is None else f"{above}.{name}".removeprefix(".")
-        if isinstance(module, (BaseTunerLayer, Blend)):
+        if isinstance(module, (BaseTunerLayer, Blend, RowLayer)):
             own[path] = "base_layer"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             own[path] = "original_module"
@@ -123,7 +124,7 @@ def _bare_modules(model: Any) -> Iterator[tuple[str, Any]]:
             yield found, module
 
 
-def count_new_parameters(method: str, r: int, layers: Iterable[Linear]) -> int:
+def count_new_parameters(method: str, r: int, layers: Iterable[LayerShape]) -> int:
     """Parameters that a fresh adapter would train on these layers.
 
     lora: r·(in + out); adalora: r·(in + out + 1); ia3: out, or in where PEFT takes the layer for a feed-forward one.

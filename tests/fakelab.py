@@ -358,6 +358,7 @@ class FakeTokenizer:
 
 
 class FakeConfig:
+    model_type = "fake"
     is_encoder_decoder = False
     max_position_embeddings = 100
 

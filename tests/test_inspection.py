@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,31 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from adapterlab import AdapterLab, Comparison
-from adapterlab.inspection import count_new_parameters, linear_shapes
+from adapterlab.inspection import count_new_parameters, linear_shapes, people_bytes, people_count
 
 CONFIGS: dict[str, Any] = {
     "lora": lambda targets, r: LoraConfig(r=r, target_modules=targets),
     "adalora": lambda targets, r: AdaLoraConfig(init_r=r, target_modules=targets, total_step=10),
-    "ia3": lambda targets, r: IA3Config(target_modules=targets, feedforward_modules=[]),
+    "ia3": lambda targets, r: IA3Config(target_modules=targets),  # PEFT says which of them are feed-forward layers
 }
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's remark on Conv1D
-@pytest.mark.parametrize("make", [standins.tiny_llama, standins.tiny_gpt2])
+@pytest.mark.parametrize(
+    "make", [standins.tiny_llama, standins.tiny_gpt2, standins.tiny_falcon, standins.tiny_t5, standins.tiny_opt]
+)
 @pytest.mark.parametrize("method", ["lora", "adalora", "ia3"])
 def test_the_count_is_what_peft_makes_trainable(make: Any, method: str) -> None:
     shapes = linear_shapes(make())
-    targets = [name for name in shapes if name != "lm_head"][:3]
-    model: Any = get_peft_model(make(), CONFIGS[method](targets, 5))
-    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count_new_parameters(method, 5, [shape for name in targets for shape in shapes[name]]) == expected
+    names = [name for name in shapes if name != "lm_head"]
+    for targets in (names, *([name] for name in names)):
+        model: Any = get_peft_model(make(), CONFIGS[method](targets, 5))
+        expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert count_new_parameters(method, 5, [shape for name in targets for shape in shapes[name]]) == expected
 
 
 def test_every_linear_layer_is_there_once_whatever_is_mounted() -> None:
@@ -48,10 +53,59 @@ def test_every_linear_layer_is_there_once_whatever_is_mounted() -> None:
     before = linear_shapes(lab.model)
     assert sum(map(len, before.values())) == len(linear)
     for path in linear:
-        assert (modules[path].in_features, modules[path].out_features) in before[path.rpartition(".")[2]]
+        assert (modules[path].in_features, modules[path].out_features) in [
+            (shape.n_in, shape.n_out) for shape in before[path.rpartition(".")[2]]
+        ]
     for method in ("lora", "ia3", "adalora"):
         lab.add_adapter(method, f"my-{method}", target_modules=["q_proj", "down_proj"])
         assert linear_shapes(lab.model) == before
+
+
+MOUNTED: dict[str, Any] = {
+    "whole modules": lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "mlp"]),
+    "tokens": lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
+    "LoKr": lambda: LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "DoRA": lambda: LoraConfig(use_dora=True, target_modules=["q_proj", "lm_head"]),
+}
+for _kind in sorted({"LILY", "PEANUT"} & set(PEFT_TYPE_TO_CONFIG_MAPPING)):  # with linear layers of their own
+    MOUNTED[_kind] = partial(PEFT_TYPE_TO_CONFIG_MAPPING[_kind], r=2, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("kind", MOUNTED)
+def test_no_module_of_an_adapter_is_a_target(kind: str) -> None:
+    lab = AdapterLab(standins.tiny_llama(), tokenizer=standins.tiny_tokenizer())
+    before = linear_shapes(lab.model)
+    lab.add_adapter(MOUNTED[kind](), "mine")
+    assert lab.active_adapters == {"mine": 1.0}
+    assert linear_shapes(lab.model) == before
+
+
+def test_a_blend_and_a_batch_stand_in_for_the_layers_they_are_mounted_on(full_lab: AdapterLab) -> None:
+    before = linear_shapes(full_lab.model)
+    full_lab.set_adapter({"pirate": 0.5, "poet": 0.5})
+    assert linear_shapes(full_lab.model) == before
+    seen = []
+    full_lab.compare("Hi", max_new_tokens=1, on_token=lambda _: seen.append(linear_shapes(full_lab.model)))
+    assert seen
+    assert all(one == before for one in seen)
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "size"),
+    [
+        (0, "0", "0 B"),
+        (999, "999", "999 B"),
+        (1000, "1 k", "1 kB"),
+        (999_499, "999 k", "999 kB"),
+        (999_600, "1 M", "1 MB"),
+        (1_572_864, "1.57 M", "1.57 MB"),
+        (331_196_416, "331 M", "331 MB"),
+        (999_999_999, "1 B", "1 GB"),
+        (1_234_000_000_000, "1234 B", "1234 GB"),
+    ],
+)
+def test_numbers_as_people_say_them(number: int, count: str, size: str) -> None:
+    assert (people_count(number), people_bytes(number)) == (count, size)
 
 
 # ----- lab.parameters() -----
