@@ -19,7 +19,7 @@ from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
 from adapterlab.guards import Lent, Work, changes_state, exclusive, finish_left_over, put_back
 from adapterlab.looking import Looking
-from adapterlab.notices import say
+from adapterlab.notices import say_meanwhile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -1184,7 +1184,7 @@ class AdapterLab(Looking):
         A training can take long: says in the cell that waits for it what it waits for."""
         name = self._training
         if name is not None and threading.current_thread() is threading.main_thread() and not self._lock._is_owned():
-            say(
+            say_meanwhile(
                 f"Waiting for the training of {name!r} to end; lab.stop() in another thread, or the panel's Stop, ends it."
             )
         return self._lock

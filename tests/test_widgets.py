@@ -9,6 +9,7 @@ import html
 import io
 import random
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,14 +22,16 @@ import pandas as pd
 import pytest
 from fakelab import BASE_PARAMETERS, HOSTILE, FakeLab
 
+from adapterlab import AdapterLab
 from adapterlab.columns import Column
 from adapterlab.errors import AdapterLabError
 from adapterlab.inspection import people_bytes, people_count
+from adapterlab.notices import AdapterLabWarning, say, say_meanwhile, warn
 from adapterlab.widgets import Panel, build_panel
 from adapterlab.widgets.columns import ColumnsView, hue_of
 from adapterlab.widgets.compat import label_text, needs_foreground
 from adapterlab.widgets.forms import EXAMPLE_ID
-from adapterlab.widgets.state import PanelState, short_share
+from adapterlab.widgets.state import MOST_TOLD, PanelState, short_share
 
 CALLS = [
     "set_adapter",
@@ -917,6 +920,89 @@ class TestMarks:
         assert "still generating" in panel.notice.html.value
         assert panel.results.marks.value == panel.state.marks == "words"
         lab.gate.release(100)
+
+
+class TestWhatTheLabSaysDuringAClick:
+    """It was printed where nobody who looks at the panel sees it."""
+
+    def test_it_follows_the_notice_each_text_once(
+        self, panel: Panel, lab: FakeLab, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        load = lab.load_adapter
+
+        def loading(*arguments: Any, **keywords: Any) -> str:
+            for _ in range(2):
+                say("Half of it is missing.")
+            warn(f"The base is another {HOSTILE}.")
+            say_meanwhile("Waiting.")
+            return load(*arguments, **keywords)
+
+        def load_and_wait() -> None:
+            panel.load_form.button.click()
+            lab.wait()
+
+        lab.load_adapter = loading  # type: ignore[method-assign]
+        panel.load_form.source.value = "someone/poet"
+        with pytest.warns(AdapterLabWarning, match="The base is another"):
+            load_and_wait()
+        shown = panel.notice.html.value
+        assert HOSTILE not in shown
+        text = html.unescape(re.sub("<[^>]*>", "", shown))
+        done = "'poet' is loaded and has a column; lab.model is as it was."
+        assert text == f"Note {done} Half of it is missing. The base is another {HOSTILE}."
+        assert capsys.readouterr().out == "Half of it is missing.\n" * 2 + "Waiting.\n", "it is printed as ever"
+        panel.do.use("pirate")
+        lab.wait()
+        assert panel.state.notice is None, "the next click begins anew"
+        say("For nobody.")
+
+    @pytest.mark.filterwarnings("error::adapterlab.notices.AdapterLabWarning")
+    def test_an_error_comes_first_and_what_it_says_is_not_said_twice(self, panel: Panel, lab: FakeLab) -> None:
+        def failing(*arguments: Any, **keywords: Any) -> None:
+            say("Half of it is missing.")
+            warn("The base is another.")
+
+        lab.set_adapter = failing  # type: ignore[method-assign,assignment]
+        panel.do.use("pirate")
+        lab.wait()
+        assert panel.state.notice is not None
+        assert panel.state.notice.kind == "error"
+        assert panel.state.notice.text == "AdapterLabWarning: The base is another. Half of it is missing."
+        assert "in failing" in panel.state.notice.detail
+
+    def test_what_is_long_is_folded_away(self, panel: Panel, lab: FakeLab) -> None:
+        panel.do._start("Talking…", lambda: [say(f"Thing {i} is missing.") for i in range(100)])
+        lab.wait()
+        notice = panel.state.notice
+        assert notice is not None
+        assert notice.text.startswith("Thing 0 is missing. Thing 1 is")
+        assert notice.text.endswith(" …")
+        assert len(notice.text) <= MOST_TOLD + 2
+        assert notice.detail == " ".join(f"Thing {i} is missing." for i in range(100))
+        assert notice.about == "All that was said"
+
+    def test_of_a_real_lab(self, tmp_path: Path, adapter_folders: dict[str, Path]) -> None:
+        from safetensors.torch import load_file, save_file
+        from standins import tiny_llama, tiny_tokenizer
+
+        half = shutil.copytree(adapter_folders["pirate"], tmp_path / "half")
+        tensors = load_file(half / "adapter_model.safetensors")
+        kept = {key: tensor for key, tensor in tensors.items() if "layers.1" not in key}
+        save_file(kept, half / "adapter_model.safetensors", metadata={"format": "pt"})
+        real = AdapterLab(tiny_llama(), tokenizer=tiny_tokenizer(chat=True))
+        panel = build_panel(real)
+        panel.load_form.source.value, panel.load_form.name.value = str(half), "poet"
+        panel.load_form.button.click()
+        real.wait()
+        assert panel.state.notice is not None
+        assert f"poet: {len(kept)} of {len(tensors)} tensors" in panel.state.notice.text
+        real.set_adapter("poet")
+        panel.do.delete("poet")
+        real.wait()
+        assert panel.state.notice is not None
+        assert panel.state.notice.text == "'poet' was selected: base is selected now."
+        panel.close()
+        real.close()
 
 
 class TestHistory:

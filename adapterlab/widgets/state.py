@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from adapterlab.methods import method_label
 if TYPE_CHECKING:
     from adapterlab.comparison import Comparison, Generation
     from adapterlab.lab import AdapterLab
+
+MOST_TOLD = 500  # letters of what the lab tells during a click
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,20 @@ class Notice:
         if not isinstance(error, AdapterLabError):
             text = f"{type(error).__name__}: {text}" if str(error) else text
         return cls("error", f"{doing}: {text}" if doing else text, "".join(traceback.format_exception(error)))
+
+    @classmethod
+    def with_told(cls, notice: Notice | None, told: Sequence[str]) -> Notice | None:
+        """The notice, and after it what the lab has told meanwhile, each text once. If that is long, its end is left to the
+        detail."""
+        said = notice.text if notice is not None else ""
+        more = " ".join(text for text in dict.fromkeys(told) if text not in said)
+        if not more:
+            return notice
+        notice = notice or cls("info", "")
+        if len(more) > MOST_TOLD:
+            notice = notice if notice.detail else replace(notice, detail=more, about="All that was said")
+            more = f"{more[:MOST_TOLD].rsplit(' ', 1)[0]} …"
+        return replace(notice, text=f"{said} {more}".strip())
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from adapterlab.notices import listening
 from adapterlab.widgets.state import Notice
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ _HOW_TO_STOP = Notice(
 class Worker:
     """Runs one job at a time and refuses another meanwhile; what happens is told through `state`.
 
-    `track`: gets the future of each job. `state.busy` says what runs; a job's error becomes `state.notice`. A job reads
-    what the user set, so that it finds what was set just before the click.
+    `track`: gets the future of each job. `state.busy` says what runs; a job's error becomes `state.notice`, and what the lab
+    said and warned of meanwhile follows it. A job reads what the user set, so that it finds what was set just before the
+    click.
     `foreground`: run each job where it is started, for front ends that show nothing from another thread.
     """
 
@@ -80,18 +82,20 @@ class Worker:
 
     def _run(self, job: Callable[[], object]) -> None:
         state = self._state
-        try:
-            if not self.foreground:
-                self._closing.wait(SETTLE)
-            if not state.closed:
-                job()
-        except Exception as error:  # shown to the user, whatever it is; a thread has nobody else to tell
-            state.notice = Notice.from_error(error)
-        finally:
-            with state.lock:
-                if state.notice is not None and state.notice.passing:
-                    state.notice = None
-                state.busy = ""
+        with listening() as told:
+            try:
+                if not self.foreground:
+                    self._closing.wait(SETTLE)
+                if not state.closed:
+                    job()
+            except Exception as error:  # shown to the user, whatever it is; a thread has nobody else to tell
+                state.notice = Notice.from_error(error)
+            finally:
+                with state.lock:
+                    if state.notice is not None and state.notice.passing:
+                        state.notice = None
+                    state.notice = Notice.with_told(state.notice, told)
+                    state.busy = ""
 
 
 def _lower(text: str) -> str:
