@@ -88,9 +88,10 @@ def float32(layers: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> 
                 own = [p for p in owner._parameters.values() if p is not None and id(p) in half]
                 if not own or isinstance(owner, (torch.nn.ParameterDict, torch.nn.ParameterList)):
                     continue  # dicts of bare tensors have no forward to widen
-                changed += [(parameter, parameter.dtype) for parameter in own]
+                # PEFT's tied copies are one parameter of two owners, and for the second it is wide already
+                changed += [(parameter, parameter.dtype) for parameter in own if parameter.dtype == half[id(parameter)]]
                 handles.append(owner.register_forward_pre_hook(_widen))
-                handles.append(owner.register_forward_hook(_narrow(own[0].dtype)))
+                handles.append(owner.register_forward_hook(_narrow(half[id(own[0])])))
                 for parameter in own:
                     parameter.data = parameter.data.float()
         yield
@@ -101,7 +102,12 @@ def _widen(owner: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _narrow(dtype: Any) -> Any:
-    return lambda owner, args, output: output.to(dtype)
+    def narrowed(output: Any) -> Any:
+        if isinstance(output, tuple):  # a router's scores and choices
+            return tuple(map(narrowed, output))
+        return output.to(dtype) if getattr(output, "is_floating_point", bool)() else output
+
+    return lambda owner, args, output: narrowed(output)
 
 
 @contextlib.contextmanager

@@ -110,7 +110,8 @@ def token_without_row(model: Any, ids: Iterable[int], labels: Iterable[int] = ()
 
 def _rows(layer: Any) -> int:
     """How many tokens embeddings or a head are for, whatever stands over them; 0 where that can't be told."""
-    layer = getattr(layer, "base_layer", layer)
+    # PEFT's tied copy of a head says that it is the other way round
+    layer = getattr(layer, "original_module", None) or getattr(layer, "base_layer", layer)
     told = getattr(layer, "num_embeddings", None) or getattr(layer, "out_features", None)
     weight = getattr(layer, "weight", None)
     return told if isinstance(told, int) else 0 if weight is None else int(weight.shape[0])

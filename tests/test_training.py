@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from standins import tiny_llama, tiny_t5, tiny_tokenizer
+from standins import tiny_llama, tiny_mixtral, tiny_t5, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from adapterlab import AdapterLab, AdapterLabError, TrainingRun, training
@@ -288,6 +289,34 @@ class TestPrecision:
         assert torch.equal(lab.model.lm_head.weight, before)
         lab.save_adapter("new", tmp_path / "new")
         plain = PeftModel.from_pretrained(tiny_llama().to(torch.bfloat16), tmp_path / "new").eval()
+        with torch.no_grad(), lab.using("new") as mounted:
+            assert torch.equal(plain(ids_of(lab)).logits, mounted(ids_of(lab)).logits)
+        lab.close()
+
+    @pytest.mark.parametrize(
+        ("make", "fields"),
+        [
+            (
+                partial(tiny_llama, tie_word_embeddings=True),
+                {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+            ),
+            (tiny_mixtral, {"modules_to_save": ["gate"]}),
+        ],
+        ids=["a tied head", "a router that gives a tuple"],
+    )
+    def test_so_do_tied_ones_and_routers(self, make: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+        lab = AdapterLab(make().to(torch.bfloat16), tokenizer=tiny_tokenizer(chat=True))
+        seen: set[torch.dtype] = set()
+        look = At(1, lambda: seen.update(p.dtype for p in lab.model.parameters() if p.requires_grad))
+        lab.add_adapter("lora", "new", r=4, target_modules=["q_proj"], **fields)
+        before = {key: value for key, value in tensors(lab, "new").items() if "lora_" not in key}
+        lab.train("new", PAIRS, max_steps=8, learning_rate=1e-3, callbacks=[look], **QUIET)
+        assert seen == {torch.float32}
+        kept = tensors(lab, "new")
+        assert {kept[key].dtype for key in before} == {torch.bfloat16}
+        assert not any(torch.equal(kept[key], value) for key, value in before.items())
+        lab.save_adapter("new", tmp_path / "new")
+        plain = PeftModel.from_pretrained(make().to(torch.bfloat16), tmp_path / "new").eval()
         with torch.no_grad(), lab.using("new") as mounted:
             assert torch.equal(plain(ids_of(lab)).logits, mounted(ids_of(lab)).logits)
         lab.close()
