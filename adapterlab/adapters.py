@@ -323,7 +323,9 @@ class Adapters:
         assert config is not None  # it has no problems
         for note in flight.notes:
             say(f"{chosen}: {note}")
-        weights = {key: tensor for key, tensor in read_weights(files.weights_file).items() if key not in flight.left_out}
+        weights = {
+            key: tensor for key, tensor in read_weights(files.weights_file).items() if key not in flight.left_out
+        }
         with self.whole():
             self._take(config, chosen, weights, files.source, files)
             if select:
@@ -487,8 +489,15 @@ class Adapters:
         return words
 
     def check_new_name(self, name: str) -> None:
+        from torch import nn
+
         words = {word for key, _ in self.model.named_modules() for word in key.split(".")}
         check_name(name, self.records, words | {"weight", "bias", "default_0"})
+        if any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict)):  # `half`, `train`, `type`, …
+            raise AdapterLabError(
+                f"{name!r} is a word of torch's own, by which PEFT can't call an adapter. "
+                f"{('my-' + name).replace('_', '-')!r} would do."
+            )
 
     def _adopted_name(self, name: str) -> str:
         try:

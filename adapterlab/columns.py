@@ -184,14 +184,14 @@ def check_name(name: Any, taken: Iterable[str], forbidden: Iterable[str] = ()) -
             f"{name!r} can't be an adapter's name: PEFT and torch need letters, digits, '-' and '_' only, "
             f"64 at most. {make_safe_name(name)!r} would do."
         )
+    if name in set(taken):  # before the words: what is mounted stands in the names of the model's parameters
+        raise AdapterLabError(
+            f"There is an adapter named {name!r} already: choose another adapter_name, or lab.delete_adapter({name!r}) first."
+        )
     if name in set(forbidden) or any(prefix in name for prefix in _tuner_prefixes()):
         raise AdapterLabError(
             f"{name!r} stands in the names of this model's or PEFT's own parameters, and saved keys would be "
             f"ambiguous. {('my-' + name).replace('_', '-')!r} would do."
-        )
-    if name in set(taken):
-        raise AdapterLabError(
-            f"There is an adapter named {name!r} already: choose another adapter_name, or lab.delete_adapter({name!r}) first."
         )
     return name
 

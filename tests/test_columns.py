@@ -73,6 +73,12 @@ def test_a_name_that_will_not_do_says_what_would(name: object, said: str) -> Non
         check_name(name, ["taken"], ["q_proj"])
 
 
+def test_a_name_that_is_taken_is_said_to_be_taken() -> None:
+    """What is mounted stands among the words of the model's parameters too."""
+    with pytest.raises(AdapterLabError, match="There is an adapter named 'mine' already"):
+        check_name("mine", ["mine"], ["mine", "q_proj"])
+
+
 def test_close_names_live_side_by_side() -> None:
     assert check_name("r1", ["r16"]) == "r1"
     assert check_name("r16", ["r1"]) == "r16"

@@ -259,6 +259,21 @@ def test_names_that_will_not_do(lab: AdapterLab, name: Any, adapter_folders: dic
     assert lab.selection.label == "base"
 
 
+@pytest.mark.parametrize("name", ["half", "train", "type", "training", "_modules", "copy"])
+def test_words_of_torchs_own_are_said_to_be_so(lab: AdapterLab, name: str, adapter_folders: dict[str, Path]) -> None:
+    """PEFT's words were "attribute 'half' already exists"."""
+    for call in (lambda: lab.add_adapter("ia3", name), lambda: lab.load_adapter(adapter_folders["pirate"], name)):
+        with pytest.raises(AdapterLabError, match=f"'{name}' is a word of torch's own.* 'my-.*' would do"):
+            call()
+    assert list(lab.adapters) == []
+
+
+def test_a_name_that_acts_now_is_said_to_be_taken(lab: AdapterLab) -> None:
+    lab.add_adapter("lora", "mine")
+    with pytest.raises(AdapterLabError, match="There is an adapter named 'mine' already"):
+        lab.add_adapter("lora", "mine")
+
+
 def test_default_names_are_made_safe_and_said(
     lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
