@@ -102,15 +102,37 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _keep_readmes(old: Path, built: Path, saved: SavedLab) -> None:
-    """Somebody's words stay with what they are about; a lab without any gets a few of its own."""
-    for place in (Path(), *(labfiles.adapter_folder(Path(), one.name) for one in saved.adapters)):
+    """Somebody's words stay with what they are about; a lab without any gets a few of its own, each time anew."""
+    before = _saved_there(old)
+    kept = [] if before is not None and _is_ours(old / "README.md", before) else [Path()]
+    known = {one.name: (one.source, one.initial) for one in (before or saved).adapters}
+    same = [one for one in saved.adapters if known.get(one.name) == (one.source, one.initial)]  # trained since or not
+    for place in [*kept, *(labfiles.adapter_folder(Path(), one.name) for one in same)]:
         if (old / place / "README.md").is_file():
             (built / place / "README.md").write_bytes((old / place / "README.md").read_bytes())
     if not (built / "README.md").exists():
-        names = ", ".join(f"`{one.name}`" for one in saved.adapters) or "none"
-        version = saved.versions.get("adapterlab", "")
-        words = _README.format(name=saved.name, adapters=names, folder=f"{old.name}/", version=version)
-        _write_text(built / "README.md", words)
+        _write_text(built / "README.md", _readme(saved, f"{old.name}/"))
+
+
+def _saved_there(folder: Path) -> SavedLab | None:
+    """The lab in a folder, or None if there is none or it is damaged."""
+    try:
+        return labfiles.read_manifest(folder) if labfiles.is_saved_lab(folder) else None
+    except AdapterLabError:
+        return None
+
+
+def _readme(saved: SavedLab, folder: str) -> str:
+    names = ", ".join(f"`{one.name}`" for one in saved.adapters) or "none"
+    version = saved.versions.get("adapterlab", "")
+    return _README.format(name=saved.name, adapters=names, folder=folder, version=version)
+
+
+def _is_ours(path: Path, saved: SavedLab) -> bool:
+    """Whether a README is as it was written, when the folder may have had another name."""
+    start, end = _readme(saved, "\0").rsplit(repr("\0"), 1)
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    return text.startswith(start) and text.endswith(end) and "\n" not in text[len(start) : -len(end)]
 
 
 def _checked_folder(folder: Any) -> Path:

@@ -322,6 +322,46 @@ def test_a_saved_lab_is_replaced_and_other_things_are_not(full_lab: AdapterLab, 
         full_lab.save(None)  # type: ignore[arg-type]
 
 
+def test_a_readme_is_of_what_is_there(full_lab: AdapterLab, tmp_path: Path) -> None:
+    folder = full_lab.save(tmp_path / "saved")
+    own, ours = folder / "adapters" / "pirate" / "README.md", folder / "README.md"
+    own.write_text("of the pirate")
+    assert "`pirate`, `wide`, `poet`, `ada`" in ours.read_text()
+    folder = folder.rename(tmp_path / "other")
+    own, ours = folder / "adapters" / "pirate" / "README.md", folder / "README.md"
+    full_lab.delete_adapter("poet")
+    full_lab.save(folder)
+    assert "`pirate`, `wide`, `ada`" in ours.read_text()
+    assert "AdapterLab('other/')" in ours.read_text()
+    full_lab.train("pirate", ["The moon."], max_steps=1, disable_tqdm=True)
+    full_lab.save(folder)
+    assert own.read_text() == "of the pirate"  # which has learned something, and is the same one
+    again = AdapterLab(folder, base_model=standins.tiny_llama(), tokenizer=standins.tiny_tokenizer(chat=True))
+    again.save(folder)
+    assert own.read_text() == "of the pirate"
+    again.delete_adapter("pirate")
+    again.add_adapter("ia3", "pirate")
+    again.save(folder)
+    assert not own.exists()
+    changed = ours.read_text() + "\nAnd `poet` was good.\n"
+    ours.write_text(changed)
+    again.delete_adapter("wide")
+    again.save(folder)
+    assert ours.read_text() == changed
+
+
+def test_the_readme_of_one_that_was_made_anew_goes(lab: AdapterLab, tmp_path: Path) -> None:
+    lab.add_adapter("lora", "mine", r=2)
+    own = lab.save(tmp_path / "saved") / "adapters" / "mine" / "README.md"
+    own.write_text("of rank 2")
+    lab.save(tmp_path / "saved")
+    assert own.read_text() == "of rank 2"
+    lab.delete_adapter("mine")
+    lab.add_adapter("lora", "mine", r=4)
+    lab.save(tmp_path / "saved")
+    assert not own.exists()
+
+
 def test_a_saved_lab_is_no_adapter(full_lab: AdapterLab, tmp_path: Path) -> None:
     folder = full_lab.save(tmp_path / "saved")
     with pytest.raises(AdapterLabError, match=r"is a saved lab: open it as AdapterLab\("):
