@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from adapterlab.adapters import Adapters
+    from adapterlab.peaks import Operation
     from adapterlab.preflight import Preflight
     from adapterlab.prompts import PromptLike
     from adapterlab.records import AdapterInfo
@@ -944,6 +945,11 @@ class AdapterLab(Looking):
             self._tell("running")
             self._tell("adapters")
 
+    def _note(self, operation: Operation) -> None:
+        super()._note(operation)
+        if operation.name not in ("compare", "train"):  # of those is told anyway
+            self._tell("memory")
+
     # -- as a cell's result, and the panel -------------------------------------------------------------------------
 
     def status(self) -> str:
@@ -1093,7 +1099,8 @@ class AdapterLab(Looking):
 
     def on_change(self, listener: Listener) -> Callable[[], None]:
         """Call `listener(kind)` after each change, in the thread that made it: "adapters", "state", "blends", "history",
-        "running" (a comparison begins or has ended) or "closed". Gives back a function that unsubscribes.
+        "memory" (another operation has ended, whose peak `memory()` shows), "running" (a comparison or a training begins or
+        has ended) or "closed". Gives back a function that unsubscribes.
 
         >>> kinds = []
         >>> unsubscribe = lab.on_change(kinds.append)

@@ -97,6 +97,10 @@ def test_listeners_hear_and_a_broken_one_breaks_nothing(lab: AdapterLab) -> None
         raise RuntimeError("no")
 
     unsubscribe = lab.on_change(heard.append)
+    lab.generate("Hello", max_new_tokens=1)
+    lab.evaluate(["Hello there"])
+    assert heard == ["running", "memory", "running", "memory"], "each has had a peak of its own"
+    heard.clear()
     lab.add_adapter("lora", "a")
     lab.set_adapter(None)
     lab.compare("Hello", max_new_tokens=1)

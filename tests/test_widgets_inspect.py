@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -135,6 +137,54 @@ def test_it_is_drawn_anew_when_the_lab_changes(panel: Panel, lab: PictureLab) ->
     lab.wait()
     lab.wait()  # the drawing begins when the generation has ended
     assert [call for call, _ in lab.looks].count("plot_memory") == 2, "a comparison has a peak of its own"
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("Weights", lambda lab: lab._emit("adapters")),
+        ("Sizes", lambda lab: lab.set_trainable("pirate")),
+        ("Memory", lambda lab: lab._emit("memory")),
+    ],
+)
+@pytest.mark.parametrize("is_open", [True, False])
+def test_it_is_drawn_anew_when_nothing_in_the_rows_tells_the_change(
+    panel: Panel, lab: PictureLab, what: str, change: Callable[[FakeLab], None], is_open: bool
+) -> None:
+    """After a second training the picture of the first one stayed; after an evaluation, a training's peak."""
+    look(panel, lab, what)
+    call, drawn = lab.looks[-1], len(lab.looks)
+    panel.tabs.open = "Inspect" if is_open else "Train"
+    change(lab)
+    lab.wait()
+    assert lab.looks[drawn:] == [call] * is_open
+    panel.tabs.open = "Inspect"
+    lab.wait()
+    assert lab.looks[drawn:] == [call]
+
+
+def test_memory_is_drawn_anew_whenever_somebody_looks(panel: Panel, lab: PictureLab) -> None:
+    """It changes with whatever the notebook does; the others only when the lab changes."""
+    for what, drawings in (("Memory", 1), ("Sizes", 0)):
+        look(panel, lab, what)
+        drawn = len(lab.looks)
+        panel.tabs.open = "Train"
+        lab._emit("running")
+        panel.tabs.open = "Inspect"
+        lab.wait()
+        assert len(lab.looks) - drawn == drawings
+
+
+def test_changes_that_come_together_are_drawn_once(panel: Panel, lab: PictureLab) -> None:
+    look(panel, lab, "Sizes")
+    drawn, gate = len(lab.looks), threading.Event()
+    panel.do.worker._closing = SimpleNamespace(wait=lambda seconds: gate.wait(20), set=gate.set)  # type: ignore[assignment]
+    for name in ("pirate", "robot"):
+        lab.set_trainable(name)
+        lab._emit("adapters")
+    gate.set()
+    lab.wait()
+    assert lab.looks[drawn:] == [("plot_parameters", ())]
 
 
 def test_what_was_told_before_stays(panel: Panel, lab: PictureLab) -> None:

@@ -206,11 +206,12 @@ class Actions:
 
         self._start("Verifying…", job)
 
-    def look(self) -> None:
-        """Draw what the Inspect tab is to show, as it is now."""
+    def look(self, begin: Callable[[], object]) -> None:
+        """Draw what the Inspect tab is to show, as it is when `begin()` is called."""
         state = self._state
 
         def job() -> None:
+            begin()
             view = state.view
             if view != self._looked:  # the user's choice, and not the same picture drawn anew
                 self._looked, state.code = view, picture_code(view)

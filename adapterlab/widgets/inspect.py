@@ -23,15 +23,14 @@ ALONE = "alone"
 
 
 class InspectView:
-    """`on_look()` draws `state.view`; what comes of it is `state.picture`, HTML.
+    """`on_look(begin)` calls `begin()` and draws `state.view`; what comes of it is `state.picture`, HTML.
 
     Nothing is drawn while the tab is closed (see `show`) or while the panel works; then it is drawn later.
     """
 
-    def __init__(self, state: PanelState, on_look: Callable[[], object]) -> None:
+    def __init__(self, state: PanelState, on_look: Callable[[Callable[[], object]], object]) -> None:
         self._state, self._on_look = state, on_look
         self._open, self._stale, self._rendering = False, True, False
-        self._drawn_of: tuple[Any, ...] = ()  # what of the rows is in a picture
         self.what = classes(w.ToggleButtons(options=list(ABOUT)), "alab-views")
         self.adapter = classes(w.Dropdown(options=[], description="Adapter"), "alab-short")
         self.other = classes(w.Dropdown(options=[ALONE], description="Against"), "alab-short")
@@ -44,8 +43,8 @@ class InspectView:
             control.observe(self._choose, "value")
         state.observe(lambda _: self._list(), "view")
         state.observe(lambda _: self._render(), ["view", "picture", "closed"])
-        state.observe(lambda _: self._follow(), "rows")
-        state.observe(lambda _: self.refresh(stale=True), ["history", "view"])
+        state.observe(lambda _: self._list(), "rows")
+        state.observe(lambda _: self.refresh(stale=True), "view")
         state.observe(lambda _: self.refresh(), ["busy", "elsewhere"])
         self._list()
         self._render()
@@ -53,7 +52,12 @@ class InspectView:
     def show(self, is_open: bool) -> None:
         """The tab is opened or closed."""
         self._open = is_open
-        self.refresh()
+        self.refresh(stale=self._state.view.what == "Memory")  # which changes with whatever the notebook does
+
+    def note(self, kind: str) -> None:
+        """The lab tells of a change of this kind: what is drawn may not be true any more."""
+        memory = kind == "memory" and self._state.view.what == "Memory"
+        self.refresh(stale=memory or kind in ("adapters", "state", "history"))
 
     def refresh(self, *, stale: bool = False) -> None:
         """Draw anew if what is shown is no longer true. stale: it is not."""
@@ -62,18 +66,12 @@ class InspectView:
             self._stale = self._stale or stale
             waits = state.elsewhere and state.view.what == "Weights"  # they are read while nobody changes them
             due = self._stale and self._open and not (state.busy or state.closed or waits)
-            self._stale = self._stale and not due
         if due:
-            self._on_look()
+            self._on_look(self._begin)
 
-    def _follow(self) -> None:
-        """The rows change with every click on one; a picture only with what the adapters are."""
+    def _begin(self) -> None:
         with self._state.lock:
-            now = tuple((row.name, row.kind, row.parameters, row.status) for row in self._state.rows)
-            self._stale = self._stale or now != self._drawn_of
-            self._drawn_of = now
-        self._list()
-        self.refresh()
+            self._stale = False  # whatever has changed until now is in this one picture
 
     def _choose(self, _: Any) -> None:
         with self._state.lock:

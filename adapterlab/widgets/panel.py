@@ -133,6 +133,7 @@ class Panel(w.VBox):
             self.state.read_badges(self._lab)
         elif kind == "running":
             self.do.note_running()
+        self.inspect.note(kind)
 
     def _score(self) -> None:
         """Under likelihood, let base read the answers that are shown now, if it has not yet."""
