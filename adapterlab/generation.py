@@ -219,7 +219,9 @@ def _decode_alone(
         digests = [(m, adapter_digest(layers, name)) for name, (m, layers) in standing.items()]
         acting = {name: m for name, (m, _) in standing.items()}
         proof = Proof(acting, column_digest(digests) if digests else base)
-        return {column: proof}, _decode(run, [run.prompts[index]], rows)
+        started = _decode(run, [run.prompts[index]], rows)
+    with run.adapters.using(None):
+        return _still_true(run, {column: proof}, base), started
 
 
 def _decode_batch(run: Run, group: Group, rows: list[Row], base: str) -> tuple[dict[Column, Proof], float]:

@@ -106,9 +106,15 @@ def approximated(
     for other in column.names:
         config: Any = adapters.mounts.adapters[other].config
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        hidden = [flag for flag in ("use_rslora", "use_dora", "lora_bias") if getattr(config, flag, False)]
-        if kind != "LORA" or hidden:
-            why = f"it uses {', '.join(hidden)}, which PEFT silently gets wrong there" if hidden else f"it is {kind}"
+        flags = ("use_rslora", "use_dora", "lora_bias", "rank_pattern")
+        hidden = [flag for flag in flags if getattr(config, flag, False)]
+        lost = multiplier_obstacle(adapters.mounts.adapters[other].layers, other)
+        if kind != "LORA" or hidden or lost:
+            why = f"it is {kind}"
+            if hidden:
+                why = f"it uses {', '.join(hidden)}, which PEFT silently gets wrong there"
+            elif kind == "LORA" and lost:
+                why = f"at {lost[0]}, {lost[1]}, and PEFT would leave that out"
             raise AdapterLabError(
                 f"{other!r} can't take part in {combination_type!r}: {why}. 'cat' is exact where it applies."
             )
@@ -129,12 +135,31 @@ def approximated(
                 combination_type=combination_type,
                 density=density,
             )
-        except (ValueError, KeyError) as error:
-            raise AdapterLabError(f"PEFT can't combine them by {combination_type!r}: {error}") from error
+        except (ValueError, KeyError, IndexError) as error:
+            theirs = isinstance(error, ValueError) and "No matching LoRAs" not in str(error)
+            why = str(error) if theirs else f"it finds none of them on a layer. {_BY_THE_FIRST}"
+            raise AdapterLabError(f"PEFT can't combine them by {combination_type!r}: {why}") from error
+        wanted = {path for other in column.names for path in adapters.mounts.adapters[other].layers}
+        left_out = sorted(wanted - _paths_of(plain, name))
+        if left_out:
+            raise AdapterLabError(
+                f"PEFT can't combine them by {combination_type!r}: it leaves out {left_out[0]}. {_BY_THE_FIRST}"
+            )
         state = adapter_state(plain, name)
         made = copy.deepcopy(plain.peft_config[name])
     made.base_model_name_or_path, made.inference_mode = adapters.base_path, True
     return made, {key: value.detach().clone() for key, value in state.items()}
+
+
+_BY_THE_FIRST = "It takes the choice of layers from the first adapter alone. 'cat' is exact where it applies."
+
+
+def _paths_of(plain: Any, name: str) -> set[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = plain.get_base_model().named_modules()
+    layers = {path: layer for path, layer in modules if isinstance(layer, BaseTunerLayer)}
+    return {path for path, layer in layers.items() if name in layer._get_available_adapters()}
 
 
 _SAVE_INSTEAD = "save the adapter instead, with lab.save_adapter."

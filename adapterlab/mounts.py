@@ -44,13 +44,15 @@ class Site:
 class Mounted:
     """One adapter, harvested: PEFT's layers by path, its config, and the parameters PEFT would train.
 
-    `kinds`: one layer of each kind, once capabilities.py has looked.
+    `kinds`: one layer of each kind, once capabilities.py has looked. `tied`: parameters of one layer are views of
+    another's (`ensure_weight_tying`), and must stay where they lie.
     """
 
     layers: dict[str, nn.Module]
     config: PeftConfig
     trainable: list[nn.Parameter]
     kinds: dict[str, nn.Module] | None = None
+    tied: bool = False
 
 
 class Mounts:
@@ -133,15 +135,15 @@ class Mounts:
 
     def arrange(self, path: str) -> None:
         """Let the adapters' factors at `path` lie side by side (stacks.py)."""
-        self.stacks.arrange(path, {n: m.layers[path] for n, m in self.adapters.items() if path in m.layers})
+        self.stacks.arrange(path, self._movable(path))
 
     def release(self, name: str) -> None:
         """Give an adapter that will be trained tensors of its own, or close the gap that a deleted one leaves."""
         paths = {path for mounted in self.adapters.values() for path in mounted.layers}
-        self.stacks.release(
-            name,
-            {path: {n: m.layers[path] for n, m in self.adapters.items() if path in m.layers} for path in paths},
-        )
+        self.stacks.release(name, {path: self._movable(path) for path in paths})
+
+    def _movable(self, path: str) -> dict[str, nn.Module]:
+        return {n: m.layers[path] for n, m in self.adapters.items() if path in m.layers and not m.tied}
 
     def mount(self, column: Column) -> None:
         """Make `column` act on the model's next forward. The work grows with the layers swapped, not with the adapters."""
@@ -293,7 +295,9 @@ class Mounts:
         trainable = [
             p for layer in layers.values() for p in layer.parameters() if p.requires_grad and id(p) not in base
         ]
-        return Mounted(layers, model.peft_config[name], list(dict.fromkeys(trainable)))
+        own = list(dict.fromkeys(trainable))
+        places = [p.data_ptr() for p in own if p.numel()]
+        return Mounted(layers, model.peft_config[name], own, tied=len(set(places)) < len(places))
 
 
 def follow_mode(layer: nn.Module, original: nn.Module) -> None:

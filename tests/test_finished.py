@@ -543,6 +543,30 @@ def test_weights_edited_while_a_batch_runs_speak_under_nobodys_name(full_lab: Ad
     assert answers(full_lab.compare(PROMPT, [None, "pirate"], max_new_tokens=6)) == answers(again)
 
 
+def test_so_do_those_edited_while_a_column_runs_in_turn(lab: AdapterLab) -> None:
+    lab.add_adapter("loha", "f", r=2, target_modules=["q_proj", "down_proj"], init_weights=False)
+    parameters = [p for p in lab.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+
+    def edit(event: TokenEvent) -> None:
+        if event.position == 0:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(-3)
+
+    cut = lab.compare(PROMPT, ["f"], max_new_tokens=6, on_token=edit)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before):
+            parameter.copy_(value)
+    again = lab.compare(PROMPT, ["f"], max_new_tokens=6)
+    assert not again["f"].cached
+    assert not again["f"].batched
+    assert cut["f"].weights_digest != again["f"].weights_digest
+    assert cut["f"].token_ids != again["f"].token_ids
+    assert lab.verify(again)["agrees"].all()
+    assert lab.compare(PROMPT, ["f"], max_new_tokens=6)["f"].cached
+
+
 def test_the_shift_is_against_a_base_that_starts_alike(tmp_path: Path) -> None:
     lab = AdapterLab(standins.tiny_t5(), tokenizer=standins.tiny_tokenizer(seq2seq=True))
     lab.add_adapter("lora", "a", r=4, target_modules=["q", "v"], init_lora_weights=False)

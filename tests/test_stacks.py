@@ -186,3 +186,27 @@ def test_a_stacked_adapter_is_saved_as_plain_peft_reads_it(three: AdapterLab, tm
         for mine, theirs in zip(factors(three, name), (layer.lora_A["default"], layer.lora_B["default"])):
             assert torch.equal(mine, theirs.weight)
         assert (tmp_path / folder / "adapter_model.safetensors").stat().st_size < 20_000
+
+
+def test_factors_that_are_views_of_each_other_stay_where_they_lie(tmp_path: Path) -> None:
+    """Apart, lm_head's would not be trained and the file would not be what acts."""
+
+    def make() -> Any:
+        return standins.tiny_llama(tie_word_embeddings=True)
+
+    lab = AdapterLab(make(), tokenizer=standins.tiny_tokenizer())
+    configs = {
+        "tied": LoraConfig(r=4, target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True),
+        "h": LoraConfig(r=4, target_modules=["lm_head"]),
+        "i": LoraConfig(r=4, target_modules=["lm_head"]),
+    }
+    for seed, (name, config) in enumerate(configs.items(), start=1):
+        lab.load_adapter(standins.write_adapter(tmp_path / name, make(), config, seed=seed), name)
+    lab.compare("Hello", [None, "h", "i"], max_new_tokens=2)
+    lab.delete_adapter("h")  # what is left lies anew
+    lab.train("tied", ["The moon is wide."] * 4, max_steps=2, learning_rate=1e-2, disable_tqdm=True)
+    lab.save_adapter("tied", tmp_path / "saved")
+    plain: Any = PeftModel.from_pretrained(make(), tmp_path / "saved").eval()
+    ids = torch.tensor([[0, 7, 9, 33, 40]])
+    with torch.no_grad(), lab.using("tied") as model:
+        assert torch.allclose(model(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-4)

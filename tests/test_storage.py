@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,29 @@ def test_pefts_own_combinations_are_called_approximate(
     assert lab.adapters["made"].source == f"approximates a × 0.5 + b × 0.5 by {kind}"
     with torch.no_grad():
         assert torch.allclose(logits_of(lab, ids), plain.eval()(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["linear", "svd"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "at lm_head, modules_to_save replaces a whole module"),
+        ({"trainable_token_indices": [5, 6]}, "at model.embed_tokens, trainable tokens replace rows"),
+        ({"rank_pattern": {"v_proj": 2}}, "it uses rank_pattern"),
+        ({"layers_to_transform": [1]}, "it leaves out model.layers.0.self_attn.q_proj"),
+        ({"layers_to_transform": [1], "target_modules": ["o_proj"]}, "it finds none of them on a layer"),
+    ],
+    ids=str,
+)
+def test_what_pefts_own_combinations_would_lose_is_refused(
+    lab: AdapterLab, kind: str, fields: dict[str, Any], words: str
+) -> None:
+    lab.add_adapter("lora", "odd", **{"r": 4, "target_modules": ["q_proj", "v_proj"], **fields})
+    lab.add_adapter("lora", "plain", r=4, target_modules=["q_proj", "v_proj"])
+    order = ["plain", "odd"] if "none of them" in words else ["odd", "plain"]
+    with pytest.raises(AdapterLabError, match=re.escape(words)):
+        lab.add_weighted_adapter(order, [0.5, 0.5], "made", combination_type=kind)
+    assert list(lab.adapters) == ["odd", "plain"]
 
 
 # -- merged models ----------------------------------------------------------------------------------------------------
