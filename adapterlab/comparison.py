@@ -267,7 +267,7 @@ class Comparison:
         from adapterlab.atomic import write_text
         from adapterlab.render import comparison_page
 
-        return write_text(Path(path), comparison_page(self))
+        return write_text(_at_home(path), comparison_page(self))
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write everything, base logprobs included while the lab is open. An existing file is replaced whole.
@@ -278,8 +278,9 @@ class Comparison:
         """
         from adapterlab.atomic import write_text
 
+        target = _at_home(path)
         self._fill_base_logprobs()
-        return write_text(Path(path), self._json())
+        return write_text(target, self._json())
 
     def _json(self) -> str:
         content = {
@@ -309,7 +310,7 @@ class Comparison:
         from adapterlab.comparison_files import read_parts
         from adapterlab.concatenation import check_labs
 
-        comparison = cls(**read_parts(Path(path), FORMAT, VERSION))
+        comparison = cls(**read_parts(_at_home(path), FORMAT, VERSION))
         try:
             check_labs(comparison)
         except (TypeError, ValueError) as error:
@@ -346,6 +347,14 @@ class Comparison:
         for comparison in comparisons:
             comparison._fill_base_logprobs()
         return cls(**make_concatenation(comparisons, names))
+
+
+def _at_home(path: Any) -> Path:
+    """The file that is meant, `~` being somebody's home as everywhere in the lab."""
+    try:
+        return Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:  # no path, or the home of nobody
+        raise AdapterLabError(f"{repr(path)[:80]} names no file: {error}.") from error
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

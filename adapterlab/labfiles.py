@@ -171,10 +171,15 @@ def _manifest(content: Mapping[str, Any]) -> SavedLab:
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str) and "\0" not in value and len(value) <= 4096,
+    "str": lambda value: _is_text(value, 4096),
+    "source": lambda value: _is_text(value, 1_000_000),  # of a blend it lists what was blended, which may be hundreds
     "bool": lambda value: isinstance(value, bool),
     "int": lambda value: type(value) is int and 0 <= value < 10**6,
 }
+
+
+def _is_text(value: Any, longest: int) -> bool:
+    return isinstance(value, str) and "\0" not in value and len(value) <= longest
 
 
 def _fields(kind: type[T], values: Any, where: str) -> T:
@@ -184,7 +189,8 @@ def _fields(kind: type[T], values: Any, where: str) -> T:
         plain = str(one.type).removesuffix(" | None")
         optional = str(one.type).endswith("| None")
         value = values[one.name]
-        if plain in _KINDS and not (optional and value is None) and not _KINDS[plain](value):
+        fits = _KINDS.get(one.name) or _KINDS.get(plain)
+        if fits is not None and not (optional and value is None) and not fits(value):
             at = f"{where}.{one.name}" if where else one.name
             raise TypeError(f"{at} is {repr(value)[:60]}, where {'a text' if plain == 'str' else plain} belongs")
     unknown = set(values) - {one.name for one in fields(kind)}  # type: ignore[arg-type]

@@ -75,6 +75,26 @@ def test_json_gives_the_same_comparison_back(comparison: Comparison, tmp_path: P
     assert [p.name for p in path.parent.iterdir()] == ["c.json"], "nothing is left beside it"
 
 
+@pytest.mark.parametrize("write", ["to_json", "to_html"])
+def test_a_file_at_home(comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert getattr(comparison, write)("~/x") == tmp_path / "home" / "x"
+    assert (tmp_path / "home" / "x").is_file()
+    assert list(Path().iterdir()) == []
+    if write == "to_json":
+        assert Comparison.from_json("~/x") == comparison
+
+
+def test_what_names_no_file_is_said(comparison: Comparison) -> None:
+    for call in (comparison.to_json, comparison.to_html, Comparison.from_json):
+        for path in (5, None, "~nobody-here/x"):
+            with pytest.raises(AdapterLabError, match="names no file"):
+                call(path)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [

@@ -362,6 +362,20 @@ def test_the_readme_of_one_that_was_made_anew_goes(lab: AdapterLab, tmp_path: Pa
     assert not own.exists()
 
 
+def test_a_blend_of_many_adapters_opens_again(lab: AdapterLab, tmp_path: Path) -> None:
+    names = [f"{number:02}-" + 57 * "x" for number in range(70)]
+    for name in names:
+        lab.add_adapter("lora", name, r=1, target_modules=["q_proj"], init_lora_weights=False)
+    lab.add_weighted_adapter(names, [1.0] * len(names), "all")
+    had = lab.adapters["all"].source
+    assert len(had) > 70 * 60
+    for name in names:
+        lab.delete_adapter(name)
+    folder = lab.save(tmp_path / "saved")
+    again = AdapterLab(folder, base_model=standins.tiny_llama(), tokenizer=standins.tiny_tokenizer(chat=True))
+    assert again.adapters["all"].source == had
+
+
 def test_a_saved_lab_is_no_adapter(full_lab: AdapterLab, tmp_path: Path) -> None:
     folder = full_lab.save(tmp_path / "saved")
     with pytest.raises(AdapterLabError, match=r"is a saved lab: open it as AdapterLab\("):
