@@ -359,6 +359,7 @@ class FakeTokenizer:
 
 class FakeConfig:
     model_type = "fake"
+    model_type = "llama"
     is_encoder_decoder = False
     max_position_embeddings = 100
 

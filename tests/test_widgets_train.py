@@ -8,7 +8,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from fakelab import HOSTILE, FakeLab
-from standins import tiny_llama, tiny_tokenizer
+from standins import tiny_llama, tiny_phi3, tiny_tokenizer
 
 from adapterlab import AdapterLab, AdapterLabError
 from adapterlab.runs import TrainingRun, history_frame, ranks_frame
@@ -117,6 +117,44 @@ class TestForm:
         new.r.value = 4
         assert new.target_r.value == 5
         assert "has to be below" in new.size.value
+
+    def test_an_adalora_that_keeps_all_its_ranks_is_not_made(self, panel: Panel, lab: FakeLab) -> None:
+        """It was added, and could not be trained."""
+        for form, button in ((panel.train.form, panel.train.form.train), (panel.add_form, panel.add_form.button)):
+            form.new.method.value = "adalora"
+            for rank, kept in ((8, 8), (8, 9), (2, 2)):
+                form.new.r.value, form.new.target_r.value = rank, kept
+                button.click()
+                lab.wait()
+                assert "The kept rank has to be below the starting rank" in said(panel.notice.html)
+        assert not lab.calls
+
+    def test_the_ranks_that_adalora_proposes_will_do(self, panel: Panel) -> None:
+        new = panel.train.form.new
+        new.r.value = 1
+        new.method.value = "adalora"
+        assert new.config() == {"init_r": 2, "target_r": 1}
+        new.r.value = 1
+        assert new.config() == {"init_r": 2, "target_r": 1}
+        new.method.value = "lora"
+        new.r.value = 1
+        assert new.config() == {"r": 1}
+
+    @pytest.mark.parametrize("make", [tiny_phi3, tiny_llama])
+    def test_ia3_on_any_base_once_its_modules_are_picked(self, make: Callable[[], Any]) -> None:
+        """PEFT asks for feedforward_modules where it knows none."""
+        lab = AdapterLab(make(), tokenizer=tiny_tokenizer(chat=True))
+        panel = build_panel(lab)
+        form, target = panel.add_form, [name for name in panel.state.targets if "q" in name][:1]
+        form.new.method.value, form.new.targets.value = "ia3", target
+        form.button.click()
+        lab.wait()
+        assert lab.adapters["default"].target_modules == tuple(target), said(panel.notice.html)
+        scales = sum(m.out_features for name, m in make().named_modules() if name.endswith(target[0]))
+        assert lab.adapters["default"].parameters == scales
+        assert ("feedforward_modules=[]" in panel.state.code) == (make is tiny_phi3), "where PEFT knows them, its own"
+        panel.close()
+        lab.close()
 
     def test_one_that_is_there_goes_on(self, panel: Panel, lab: FakeLab) -> None:
         form = panel.train.form

@@ -12,9 +12,10 @@ import ipywidgets as w
 from adapterlab.inspection import count_new_parameters, people_bytes, people_count
 from adapterlab.pagetext import escape
 from adapterlab.widgets.compat import classes, set_tooltip
-from adapterlab.widgets.state import PanelState, short_share
+from adapterlab.widgets.state import Incomplete, PanelState, short_share
 
 METHODS = {"LoRA": "lora", "IA3": "ia3", "AdaLoRA": "adalora"}
+KEEPS_TOO_MUCH = "The kept rank has to be below the starting rank: AdaLoRA starts with more ranks than it keeps."
 
 
 class NewAdapter:
@@ -43,15 +44,23 @@ class NewAdapter:
         self._render()
 
     def config(self) -> dict[str, Any]:
-        """Keywords of `lab.add_adapter` beside the method and the name: rank and modules only where given."""
+        """Keywords of `lab.add_adapter` beside the method and the name: rank and modules only where given. `Incomplete` for
+        an AdaLoRA that would have nothing to prune."""
         config: dict[str, Any] = {}
+        if self._keeps_too_much():
+            raise Incomplete(KEEPS_TOO_MUCH)
         if self.method.value == "adalora":
             config = {"init_r": self.r.value, "target_r": self.target_r.value}
         elif self.method.value == "lora":
             config = {"r": self.r.value}
         if self.targets.value:
             config["target_modules"] = list(self.targets.value)
+            if self.method.value == "ia3" and not self._state.knows_feedforward:
+                config["feedforward_modules"] = []  # PEFT asks for them where it has none of its own
         return config
+
+    def _keeps_too_much(self) -> bool:
+        return self.method.value == "adalora" and self.target_r.value >= self.r.value
 
     def _render(self) -> None:
         with self._state.lock:
@@ -59,6 +68,7 @@ class NewAdapter:
 
     def _draw(self) -> None:
         method = self.method.value
+        self.r.min = 2 if method == "adalora" else 1
         half = max(1, self.r.value // 2)
         if self.target_r.value == self._half:  # nobody has chosen another
             self._half = self.target_r.value = half
@@ -73,8 +83,8 @@ class NewAdapter:
 
     def _size(self) -> str:
         picked, method = self.targets.value, self.method.value
-        if method == "adalora" and self.target_r.value >= self.r.value:
-            return "The kept rank has to be below the starting rank: AdaLoRA starts with more ranks than it keeps."
+        if self._keeps_too_much():
+            return KEEPS_TOO_MUCH
         if not picked:
             return "Pick target modules to see the size; without, PEFT takes those it knows for this model."
         rank = "" if method == "ia3" else f"r={self.r.value} on "
@@ -86,6 +96,13 @@ class NewAdapter:
             f"{rank}{', '.join(picked)}: {people_count(count)} parameters in {len(shapes)} layers, "
             f"{people_bytes(4 * count)}{share}"
         )
+
+
+def knows_feedforward(model: Any) -> bool:
+    """Whether PEFT has by itself which modules of this model IA3 takes for feed-forward."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+
+    return getattr(model.config, "model_type", "") in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 
 
 def next_name(name: str, taken: Collection[str], before: Collection[str]) -> str:

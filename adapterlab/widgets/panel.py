@@ -16,6 +16,7 @@ from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.forms import AddForm, BlendForm, LabForm, LoadForm, SaveForm
 from adapterlab.widgets.header import Header, NoticeBar
 from adapterlab.widgets.inspect import InspectView
+from adapterlab.widgets.new_adapter import knows_feedforward
 from adapterlab.widgets.prompt import PromptBox
 from adapterlab.widgets.results import ResultsBar
 from adapterlab.widgets.rows import AdapterRows
@@ -45,6 +46,7 @@ class Panel(w.VBox):
         self.state.read(lab)
         self.state.read_history(lab)
         self.state.targets = linear_shapes(lab.model)
+        self.state.knows_feedforward = knows_feedforward(lab.model)
         self.columns = ColumnsView(self.state)
         self.run = RunView(self.state, lambda: self._open("Compare"))
         self.do = Actions(lab, self.state, self.columns, self.run)

@@ -129,7 +129,8 @@ class PanelState(t.HasTraits):
     """Everything on the screen but the generated text.
 
     Mirrored from the lab: `status`, `rows` (base first, blends last), `enabled`, `selection`, `trainable` ("" for none),
-    `has_chat`, `targets` (what target_modules can name → shapes of those layers), `history` (`Shown`, oldest first),
+    `has_chat`, `targets` (what target_modules can name → shapes of those layers), `knows_feedforward` (whether PEFT knows
+    IA3's modules here), `history` (`Shown`, oldest first),
     `elsewhere` (a comparison or a training runs that this panel did not start).
     Chosen by the user: `prompt`, `system` (a chat's system turn, "" for none), `turns` (what was said before the prompt,
     as (role, words)), `compared` (row → has a column), `multipliers` (name → 0 to 2), `blends` (columns that have rows of
@@ -145,6 +146,7 @@ class PanelState(t.HasTraits):
     status = t.Unicode()
     rows = t.Tuple()
     targets = t.Dict()
+    knows_feedforward = t.Bool(True)
     enabled = t.Bool(True)
     selection = t.Instance(Column, args=())
     trainable = t.Unicode()
