@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import functools
@@ -24,13 +25,16 @@ from fakelab import BASE_PARAMETERS, HOSTILE, FakeLab
 
 from adapterlab import AdapterLab
 from adapterlab.columns import Column
+from adapterlab.comparison import Comparison
 from adapterlab.errors import AdapterLabError
 from adapterlab.inspection import people_bytes, people_count
 from adapterlab.notices import AdapterLabWarning, say, say_meanwhile, warn
 from adapterlab.widgets import Panel, build_panel
+from adapterlab.widgets.actions import UNREADABLE
 from adapterlab.widgets.columns import ColumnsView, hue_of
 from adapterlab.widgets.compat import label_text, needs_foreground
 from adapterlab.widgets.forms import EXAMPLE_ID
+from adapterlab.widgets.panel import UNREAD
 from adapterlab.widgets.state import MOST_TOLD, PanelState, short_share
 
 CALLS = [
@@ -67,6 +71,10 @@ def panel(lab: FakeLab) -> Iterator[Panel]:
     yield panel
     lab.wait()
     panel.close()
+
+
+def ignore(event: Any) -> None:
+    pass
 
 
 def press_enter(panel: Panel) -> None:
@@ -800,6 +808,34 @@ class TestForeground:
         assert set(threading.enumerate()) <= before
         lab.wait()
 
+    def test_answers_of_a_cell_are_read_when_the_cell_has_ended(self, front: Panel, lab: FakeLab) -> None:
+        """Not while it runs: it has the lab. Marks said Likelihood, and the cards marked words for good."""
+        lab.compare("First?", on_token=ignore)
+        front.do.mark("likelihood")
+
+        async def cell() -> bool:
+            lab.compare("Second?", on_token=ignore)
+            return lab.last["pirate"].base_logprobs is None
+
+        async def kernel() -> None:
+            assert await cell()
+            await asyncio.sleep(0)
+
+        asyncio.run(kernel())
+        assert front.state.marks == "likelihood"
+        assert "alab-likelier" in front.columns.cards["pirate"].body.value
+
+    def test_answers_that_come_where_there_is_no_event_loop_are_marked_by_words(
+        self, front: Panel, lab: FakeLab
+    ) -> None:
+        lab.compare("First?", on_token=ignore)
+        front.do.mark("likelihood")
+        lab.compare("Second?", on_token=ignore)
+        assert front.results.marks.value == front.state.marks == "words"
+        assert UNREAD in front.notice.html.value
+        front.results.marks.value = "likelihood"
+        assert "alab-likelier" in front.columns.cards["pirate"].body.value
+
     def test_it_says_how_to_stop_and_an_interrupt_does(self, front: Panel, lab: FakeLab) -> None:
         said: list[str] = []
 
@@ -909,6 +945,52 @@ class TestMarks:
         panel.prompt.generate.click()
         lab.wait()
         assert "alab-likelier" in panel.columns.cards["pirate"].body.value, "the next answers are read at once"
+
+    def test_answers_that_come_while_the_panel_works_are_read_when_it_has_ended(
+        self, panel: Panel, lab: FakeLab
+    ) -> None:
+        """Marks said Likelihood, and the cards marked words for good."""
+        lab.compare("First?", on_token=ignore)
+        panel.do.mark("likelihood")
+        lab.wait()
+        gate = threading.Event()
+        panel.do._start("Working…", lambda: (gate.wait(20), say("It is done.")))
+        lab.compare("Second?", on_token=ignore)
+        assert "alab-likelier" not in panel.columns.cards["pirate"].body.value
+        gate.set()
+        lab.wait()  # for the work, which the reading follows
+        lab.wait()
+        assert panel.state.shown is not None
+        assert panel.state.shown.prompt == "Second?"
+        assert "alab-likelier" in panel.columns.cards["pirate"].body.value
+        assert panel.state.marks == "likelihood"
+        assert "It is done." in panel.notice.html.value, "nobody has clicked"
+
+    @pytest.mark.parametrize("failing", [True, False])
+    def test_answers_that_can_t_be_read_are_tried_once_and_marked_by_words(
+        self, panel: Panel, lab: FakeLab, monkeypatch: pytest.MonkeyPatch, failing: bool
+    ) -> None:
+        lab.compare("First?", on_token=ignore)
+        panel.do.mark("likelihood")
+        lab.wait()
+        tried: list[Comparison] = []
+
+        def fill(comparison: Comparison) -> None:
+            tried.append(comparison)
+            if failing:
+                raise AdapterLabError("No memory.")
+
+        monkeypatch.setattr(Comparison, "_fill_base_logprobs", fill)
+        lab.compare("Second?", on_token=ignore)
+        lab.wait()
+        lab.wait()
+        assert tried == [lab.last]
+        assert panel.results.marks.value == panel.state.marks == "words"
+        assert ("No memory." if failing else UNREADABLE) in html.unescape(panel.notice.html.value)
+        panel.do.mark("likelihood")
+        lab.wait()
+        assert panel.results.marks.value == "words"
+        assert len(tried) == 2
 
     def test_marks_that_need_the_model_are_refused_while_it_runs(self, panel: Panel, lab: FakeLab) -> None:
         panel.prompt.generate.click()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NO_SOURCE = "Which adapter? Give a folder, or a Hub id such as user/adapter."
 NO_COLUMN = "No column is ticked: tick base or an adapter in the list above."
 NO_FOLDER = "Where to? Give a folder, such as adapters/mine."
+UNREADABLE = "Base can't read these answers: they were made with another base, or the lab is closed. Words are marked."
 SPLIT_SEED = 42  # transformers' own, by which `lab.train` holds out a share
 WAITING = Notice("info", "Waiting: a cell or another panel works with the lab just now.", passing=True)
 ELSEWHERE = Notice(
@@ -185,11 +186,33 @@ class Actions:
 
         def job() -> None:
             self._state.code = f"{self._literal(shown)}.tokens()"
-            shown.comparison.tokens()
-            self._state.marks = marks
-            self._state.scored += 1
+            self._read_answers(shown)
 
         self._start("Reading…", job)
+
+    def score(self) -> None:
+        """Under likelihood, let base read the answers that are shown; nobody has clicked, so what was told last stays."""
+        state, shown = self._state, self._state.shown
+
+        def job() -> None:
+            if shown is not None and state.shown is shown and state.marks == "likelihood":
+                self._read_answers(shown)
+
+        self.worker.start("Reading…", job, quietly=True)
+
+    def _read_answers(self, shown: Shown) -> None:
+        state, read = self._state, False
+        try:
+            shown.comparison.tokens()
+            read = all(g.base_logprobs is not None for g in shown.generations.values())
+        finally:
+            if read:
+                state.marks = "likelihood"
+                state.scored += 1
+            elif state.marks == "likelihood":
+                state.marks = "words"  # which is what the cards show
+        if not read:
+            state.notice = Notice("info", UNREADABLE)
 
     def verify(self) -> None:
         """Compute the columns that are shown again through plain PEFT."""

@@ -62,6 +62,15 @@ def on_enter(text_box: Any, callback: Callable[[], object]) -> None:
     text_box.on_msg(handle)
 
 
+def soon(callback: Callable[[], object]) -> bool:
+    """Have the kernel's event loop call it when what is at work in this thread has ended; False where there is no loop."""
+    try:
+        asyncio.get_running_loop().call_soon(callback)
+    except RuntimeError:
+        return False
+    return True
+
+
 def close_all(widget: Any) -> None:
     """Close a widget and all that belongs to it."""
     for child in getattr(widget, "children", ()):

@@ -11,7 +11,7 @@ import ipywidgets as w
 from adapterlab.inspection import linear_shapes
 from adapterlab.widgets.actions import Actions
 from adapterlab.widgets.columns import ColumnsView
-from adapterlab.widgets.compat import classes, close_all, on_enter
+from adapterlab.widgets.compat import classes, close_all, on_enter, soon
 from adapterlab.widgets.fold import Fold
 from adapterlab.widgets.forms import AddForm, BlendForm, LabForm, LoadForm, SaveForm
 from adapterlab.widgets.header import Header, NoticeBar
@@ -20,7 +20,7 @@ from adapterlab.widgets.new_adapter import knows_feedforward
 from adapterlab.widgets.prompt import PromptBox
 from adapterlab.widgets.results import ResultsBar
 from adapterlab.widgets.rows import AdapterRows
-from adapterlab.widgets.state import Notice, PanelState
+from adapterlab.widgets.state import Notice, PanelState, Shown
 from adapterlab.widgets.tabs import Tabs
 from adapterlab.widgets.train import TrainView
 from adapterlab.widgets.train_run import RunView
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHAT_EXAMPLES = ("What is the moon?", "How do I make a cup of tea?", "Why is the sky blue?")
 COMPLETION_EXAMPLES = ("The capital of France is", "Once upon a time", "The best thing about mornings is")
+UNREAD = "Marks is back to words: base has not read these answers. Choose Likelihood again to let it."
 
 
 class Panel(w.VBox):
@@ -55,7 +56,8 @@ class Panel(w.VBox):
         self._unsubscribe = lab.on_change(self._on_lab_change)
         for kind in ("adapters", "history", "running"):  # what has changed since the first look
             self._on_lab_change(kind)
-        self.state.observe(lambda _: self._score(), "shown")
+        self._scored: Shown | None = None  # what base was last asked to read: a failure is not repeated
+        self.state.observe(lambda _: self._score(), ["shown", "busy"])
 
     def _build(self) -> list[w.Widget]:
         state, do, examples = self.state, self.do, examples_for(self._lab)
@@ -138,12 +140,18 @@ class Panel(w.VBox):
         self.inspect.note(kind)
 
     def _score(self) -> None:
-        """Under likelihood, let base read the answers that are shown now, if it has not yet."""
-        shown = self.state.shown
-        if shown is None or self.state.marks != "likelihood" or self.state.busy or self.do.worker.foreground:
+        """Under likelihood, let base read the answers that are shown now, if it has not yet; when what runs has ended."""
+        state, shown = self.state, self.state.shown
+        if shown is None or shown is self._scored or state.marks != "likelihood" or state.busy or state.closed:
             return
-        if any(g.base_logprobs is None for g in shown.generations.values()):
-            self.do.mark("likelihood")
+        if all(g.base_logprobs is not None for g in shown.generations.values()):
+            return
+        self._scored = shown
+        if not self.do.worker.foreground:
+            self.do.score()
+        elif not soon(self.do.score):  # and not here: whoever changed the state may hold the lab
+            state.marks = "words"
+            state.notice = Notice("info", UNREAD)
 
 
 def examples_for(lab: AdapterLab) -> tuple[str, ...]:
