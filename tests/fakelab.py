@@ -62,6 +62,8 @@ class FakeLab:
     # What a lab says of itself.
 
     def status(self) -> str:
+        if self.closed:
+            return f"{self.name} · closed"
         acts = f"acting now: {self.selection.label}" if self.enabled else "adapters disabled"
         return f"{self.name} · 135 M · fp32 · 538 MB · cpu · {acts}"
 

@@ -484,6 +484,10 @@ class TestPanelToLab:
         assert row.delete.description == "Remove"
         row.delete.click()
         assert list(panel.rows.by_name) == ["base", "pirate", "robot"]
+        lab.blends = [Column.of(["pirate", "robot"]), Column.of({"pirate": 0.5, "robot": 0.5})]
+        exec(panel.state.code, {"lab": lab})  # what is shown is what the click did, and not the blending before it
+        assert [blend.label for blend in lab.blends] == ["pirate + robot"]
+        lab.blends = []
         panel.blend_form.numbers["robot"].value = 0.0
         panel.blend_form.button.click()
         lab.wait()
@@ -1449,6 +1453,8 @@ class TestClosing:
         assert panel.prompt.generate.disabled
         assert panel.prompt.text.disabled
         assert "closed" in panel.notice.html.value
+        assert repr(panel) == "<AdapterLab panel: some/model · closed>"
+        assert "acting now" not in panel.header.line.value
         assert lab.listeners == 0
         panel.prompt.generate.click()
         press_enter(panel)

@@ -187,6 +187,23 @@ def test_changes_that_come_together_are_drawn_once(panel: Panel, lab: PictureLab
     assert lab.looks[drawn:] == [("plot_parameters", ())]
 
 
+@pytest.mark.parametrize(
+    ("what", "other", "label"),
+    [
+        ("Sizes", "", "Sizes of base and adapters"),
+        ("Memory", "", "Memory of base and adapters"),
+        ("Ranks", "", "Ranks of bard"),
+        ("Weights", "", "Weights of pirate"),
+        ("Weights", "bard", "Weights of pirate against bard"),
+    ],
+)
+def test_the_label_names_what_the_picture_is_of(
+    panel: Panel, lab: PictureLab, what: str, other: str, label: str
+) -> None:
+    html = look(panel, lab, what, **({"other": other} if other else {}))
+    assert f'aria-label="{label}"' in html
+
+
 def test_what_was_told_before_stays(panel: Panel, lab: PictureLab) -> None:
     look(panel, lab, "Sizes")
     panel.do.add(lambda: ("lora", "new", {}))
@@ -242,7 +259,9 @@ def test_a_lab_without_adapters_says_so() -> None:
     lab = PictureLab()
     panel = build_panel(lab)  # type: ignore[arg-type]
     assert "There is no adapter yet" in look(panel, lab, "Weights")
+    assert panel.state.code == ""
     assert "No adapter here allocates ranks" in look(panel, lab, "Ranks")
+    assert panel.state.code == "", "there is no call to show"
     assert "There is no adapter yet" in look(panel, lab, "Abilities")
     assert look(panel, lab, "Sizes").startswith("<svg")
     panel.close()

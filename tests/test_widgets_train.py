@@ -118,6 +118,13 @@ class TestForm:
         assert new.target_r.value == 5
         assert "has to be below" in new.size.value
 
+    def test_the_name_that_is_proposed_is_free_in_a_panel_that_comes_later(self, lab: FakeLab) -> None:
+        lab.add_adapter("lora", "mine")
+        lab.add_adapter("lora", "default")
+        panel = build_panel(lab)  # type: ignore[arg-type]
+        assert (panel.train.form.name.value, panel.add_form.name.value) == ("mine-2", "default-2")
+        panel.close()
+
     def test_an_adalora_that_keeps_all_its_ranks_is_not_made(self, panel: Panel, lab: FakeLab) -> None:
         """It was added, and could not be trained."""
         for form, button in ((panel.train.form, panel.train.form.train), (panel.add_form, panel.add_form.button)):
@@ -311,6 +318,7 @@ class TestExamples:
         assert said(form.data.read) == f"3 prompt/completion pairs: {counts}"
         assert lab.calls == []
         form.share.value = 0.3
+        assert form.data.read.value == "", "how many are learned is another number now"
         form.data.check.click()
         lab.wait()
         assert said(form.data.read).startswith("2 of 3 prompt/completion pairs: ")

@@ -172,6 +172,7 @@ class Actions:
         """Take a row out: a blend from the panel, an adapter from the lab."""
         blend = next((row.blend for row in self._state.rows if row.name == name), None)
         if blend is not None:
+            self._state.code = f"lab.blends = [blend for blend in lab.blends if blend.label != {blend.label!r}]"
             self._lab.blends = [other for other in self._lab.blends if other != blend]
             return
         code = call_code("lab.delete_adapter", name)

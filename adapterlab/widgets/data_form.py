@@ -69,7 +69,7 @@ class DataForm:
         self.refresh_button.on_click(lambda _: self.refresh())
         self.way.observe(lambda _: self.refresh(), "value")
         for control in (self.way, self.pasted, self.file, self.variable):
-            control.observe(lambda _: self._forget(), "value")
+            control.observe(lambda _: self.forget(), "value")
         state.observe(lambda _: self._render(), ["busy", "closed", "lesson"])
         self.refresh()
 
@@ -101,7 +101,8 @@ class DataForm:
             raise Incomplete(f"The notebook has no variable {name!r} any more: press Refresh.")
         return Examples(user_namespace()[name], Name(name))
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """What was read is not what would be learned now."""
         self._state.lesson = ""
 
     def _render(self) -> None:

@@ -74,7 +74,7 @@ class AddForm:
     ) -> None:
         self._state, self._taken = state, set(state.adapter_names)
         self.new = NewAdapter(state)
-        self.name = _text(value="default", description="Name")
+        self.name = _text(value=next_name("default", self._taken, ()), description="Name")
         self.button = w.Button(description="Add")
         set_tooltip(self.button, "lab.add_adapter: a new adapter, untrained, so that it changes nothing yet")
         method, *shape = self.new.controls

@@ -9,6 +9,7 @@ import ipywidgets as w
 
 from adapterlab.pagetext import escape
 from adapterlab.widgets.compat import classes, set_tooltip
+from adapterlab.widgets.pictures import OF_ONE
 from adapterlab.widgets.state import PanelState, View
 
 ABOUT = {
@@ -18,7 +19,6 @@ ABOUT = {
     "Weights": "how much an adapter changes each weight",
     "Abilities": "what can be done with each adapter here and now",
 }
-OF_ONE = ("Ranks", "Weights")  # pictures of one adapter
 ALONE = "alone"
 
 

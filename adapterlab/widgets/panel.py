@@ -123,6 +123,7 @@ class Panel(w.VBox):
     def _on_lab_change(self, kind: str) -> None:
         if kind == "closed":
             self._shut()
+            self.state.status = self._lab.status()
             self.state.notice = Notice("info", "This lab is closed. Open another with AdapterLab(…).show().")
         elif kind == "adapters":
             self.state.read(self._lab)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adapterlab.lab import AdapterLab
     from adapterlab.widgets.state import View
 
+OF_ONE = ("Ranks", "Weights")  # pictures of one adapter
 NO_RANKS = "No adapter here allocates ranks: train one of the method AdaLoRA."
 NO_ADAPTER = "There is no adapter yet: load or add one."
 
@@ -29,7 +30,9 @@ def _call(view: View) -> tuple[str, tuple[str, ...]]:
 
 
 def picture_code(view: View) -> str:
-    """The Python that gives the same."""
+    """The Python that gives the same, "" where there is nothing to draw."""
+    if view.what in OF_ONE and not view.adapter:
+        return ""
     method, arguments = _call(view)
     return call_code(f"lab.{method}", *arguments)
 
@@ -38,13 +41,13 @@ def picture_html(lab: AdapterLab, view: View) -> str:
     """The picture; or, in words, why there is none."""
     from adapterlab.plots import draw_svg
 
-    if view.what in ("Ranks", "Weights") and not view.adapter:
+    if view.what in OF_ONE and not view.adapter:
         return _words(NO_RANKS if view.what == "Ranks" else NO_ADAPTER)
     method, arguments = _call(view)
     try:
         if view.what == "Abilities":
             return abilities_html(lab.capabilities())
-        label = " ".join([view.what, *filter(None, ["of" if view.adapter else "", view.adapter])])
+        label = f"{view.what} of {' against '.join(arguments) or 'base and adapters'}"
         return draw_svg(lab._drawing(method, *arguments), label)
     except AdapterLabError as error:
         return _words(str(error))

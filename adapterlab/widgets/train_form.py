@@ -51,7 +51,7 @@ class TrainForm:
         on_check: Callable[[Callable[[], tuple[Examples, float | None]]], object],
         on_stop: Callable[[], object],
     ) -> None:
-        self._state, self._taken = state, set(state.adapter_names)
+        self._state, self._taken = state, set[str]()
         self.data = DataForm(state, lambda: on_check(self.data_asked))
         self.adapter = classes(w.Dropdown(options=[(NEW, "")], description="Adapter"), "alab-part")
         set_tooltip(self.adapter, "A new one, or one that goes on learning from where it is")
@@ -76,6 +76,7 @@ class TrainForm:
         self.train.on_click(lambda _: on_train(self.asked))
         on_enter(self.name, lambda: on_train(self.asked))
         self.stop.on_click(lambda _: on_stop())
+        self.share.observe(lambda _: self.data.forget(), "value")  # how many are held out was in what was read
         for control in (self.adapter, self.new.method):
             control.observe(lambda _: self._render(), "value")
         state.observe(lambda _: self._render(), ["rows", "busy", "stoppable", "elsewhere", "closed"])
