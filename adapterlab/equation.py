@@ -205,7 +205,10 @@ class Blend(nn.Module):
         if isinstance(self.base_layer, nn.Embedding):
             delta = (nn.functional.embedding(x, term.A.T) * term.e) @ term.B.T
             scale = getattr(self.base_layer, "embed_scale", None)
-            return delta if scale is None else delta * scale.to(delta.dtype)
+            if scale is None:
+                return delta
+            # BART's is a number, Gemma's a buffer in which the model's dtype has rounded it
+            return delta * (scale.to(delta.dtype) if hasattr(scale, "to") else scale)
         return ((x.to(term.A.dtype) @ term.A.T) * term.e) @ term.B.T
 
 

@@ -67,11 +67,15 @@ def _is_thin_hadamard(layer: Any, name: str) -> bool:
     return bool(len(w1b) * len(w2b) < min(len(w1a), w1b.shape[1]))
 
 
+def _is_kronecker(layer: Any, name: str) -> bool:
+    return hasattr(layer, "lokr_w1") and name in layer.scaling  # a whole attention's `scaling` is a number
+
+
 def has_cores(layer: Any, name: str) -> bool:
     """Whether `cores_of` finds any, told from types and shapes alone."""
     from adapterlab.equation import blend_obstacle, factors, is_dora
 
-    if name in getattr(layer, "scaling", ()) and hasattr(layer, "lokr_w1"):
+    if _is_kronecker(layer, name):
         parts = [getattr(layer, f"lokr_{part}") for part in ("w1", "w2")]
         return name not in layer.lokr_t2 and all(name not in part or part[name].dim() == 2 for part in parts)
     if is_dora(layer, name):
@@ -83,7 +87,7 @@ def has_cores(layer: Any, name: str) -> bool:
 
 def cores_of(layer: Any, name: str) -> Cores | None:
     """What the singular values of ΔW can be read from; None where there are no factors."""
-    if name in getattr(layer, "scaling", ()) and hasattr(layer, "lokr_w1"):
+    if _is_kronecker(layer, name):
         return _kronecker(layer, name)
     term = low_rank(layer, name)
     if term is None:

@@ -500,6 +500,11 @@ def check_context(model: Any, prompts: Sequence[Prompt], settings: Settings) -> 
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is None:
         return
+    if model.config.is_encoder_decoder and settings.max_new_tokens > limit:
+        raise AdapterLabError(
+            f"The answer may have {settings.max_new_tokens} tokens, but the decoder's context is {limit}: set "
+            f"max_new_tokens to {limit} or less."
+        )
     for prompt in prompts:
         decoded = 0 if model.config.is_encoder_decoder else settings.max_new_tokens
         if len(prompt.ids) + decoded > limit:

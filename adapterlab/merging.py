@@ -68,12 +68,18 @@ def concatenated(adapters: Adapters, column: Column) -> tuple[PeftConfig, dict[s
     state: dict[str, Any] = {}
     ranks: dict[str, int] = {}
     for path, here in terms.items():
+        if not sum(len(t.A) for t in here):
+            continue  # AdaLoRA has pruned all triplets, and PEFT has no LoRA of rank 0
         embedding = type(adapters.mounts.sites[path].original).__name__ == "Embedding"
         A = torch.cat([(t.A.T * t.e).T for t in here]).detach().clone()
         B = torch.cat([t.B for t in here], dim=1).detach().clone()
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         state[f"{path}.{names[0]}"], state[f"{path}.{names[1]}"] = A, B
         ranks[path] = A.shape[0]
+    if not ranks:
+        raise AdapterLabError(
+            f"{column.label} can't be concatenated: all its triplets are pruned, so it changes nothing."
+        )
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     pattern = {re.escape(path): rank for path, rank in ranks.items() if rank != common}
     config = LoraConfig(

@@ -202,7 +202,7 @@ def rank_of(config: PeftConfig) -> int | None:
 
 
 def is_noop(mounted: Mounted, name: str, *, fresh: bool = True) -> bool:
-    """True if the adapter changes nothing: all B or λ zero, all IA3 scales one.
+    """True if the adapter changes nothing: all B (or an embedding's A) or λ zero, all IA3 scales one.
 
     For methods whose tensors can't tell, a `fresh` adapter is a no-op unless its config asked for random numbers.
     """
@@ -219,9 +219,10 @@ def is_noop(mounted: Mounted, name: str, *, fresh: bool = True) -> bool:
                 return False
         elif isinstance(layer, LoraLayer) and not layer.lora_variant.get(name):
             inner: Any = layer
-            embedding = name in inner.lora_embedding_B
-            tensors = [inner.lora_embedding_B[name]] if embedding else list(inner.lora_B[name].parameters())
-            if any(bool((tensor != 0).any()) for tensor in tensors):
+            if name in inner.lora_embedding_B:  # where PEFT draws B, and A starts at zero
+                if all(bool((side[name] != 0).any()) for side in (inner.lora_embedding_A, inner.lora_embedding_B)):
+                    return False
+            elif any(bool((tensor != 0).any()) for tensor in inner.lora_B[name].parameters()):
                 return False
         else:
             return fresh and not is_drawn(mounted.config)

@@ -382,7 +382,7 @@ def adapter_state(model: Any, name: str) -> dict[str, Any]:
 
     # PEFT takes a lora_bias or a triplet pruned to rank 0 for a shard that DeepSpeed forgot to gather.
     not_sharded = warnings_ignored(r".*LoRA tensor\(s\) have invalid shape")
-    with _full_rank_pattern(model.peft_config[name]), not_sharded:
+    with _full_rank_pattern(model.peft_config[name]), _tokens_of_others_hidden(model, name), not_sharded:
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
@@ -419,6 +419,23 @@ def plain_peft(model: Any, config: PeftConfig, state: dict[str, Any], name: str)
         plain = get_peft_model(model, config, adapter_name=name)
         set_peft_model_state_dict(plain, prefixed(state), adapter_name=name)
     return plain
+
+
+@contextlib.contextmanager
+def _tokens_of_others_hidden(model: Any, name: str) -> Iterator[None]:
+    """Let trained tokens be asked for by the adapters that have some: PEFT asks all, and raises a KeyError."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    others = [m for m in model.modules() if isinstance(m, TrainableTokensWrapper) and name not in m._adapters]
+
+    def undo() -> None:
+        for module in others:
+            module.__dict__.pop("adapter_state_dict", None)
+
+    with put_back(undo):
+        for module in others:
+            module.__dict__["adapter_state_dict"] = lambda *asked: {}
+        yield
 
 
 @contextlib.contextmanager

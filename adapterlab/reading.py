@@ -173,13 +173,19 @@ def _find_all(module: Any, prefix: str, found: list[Slot], steps: list[Step]) ->
 
 def _numbers(own: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     """What acts in a layer beside its tensors: the scaling, and whether IA3 scales what comes in or what goes out; for
-    methods that the equation does not know, whatever the layer keeps for the adapter in plain dicts."""
-    if "lora_A" not in own["_modules"] and "ia3_l" not in own["_modules"]:
+    methods that the equation does not know, whatever the layer keeps for the adapter in plain dicts. Then the same of
+    PEFT's layers within: which tokens are trained, and the scaling of a second parameter's."""
+    modules = own["_modules"]
+    numbers: tuple[Any, ...]
+    if "lora_A" not in modules and "ia3_l" not in modules:
         kept = [(k, v[name]) for k, v in sorted(own.items()) if type(v) is dict and k[0] != "_" and name in v]
-        return tuple((key, content(value)) for key, value in kept)
-    scalings = own.get("scaling")
-    scaling = scalings.get(name) if isinstance(scalings, dict) else None
-    return scaling if isinstance(scaling, float) else repr(scaling), own.get("is_feedforward")
+        numbers = tuple((key, content(value)) for key, value in kept)
+    else:
+        scalings = own.get("scaling")
+        scaling = scalings.get(name) if isinstance(scalings, dict) else None
+        numbers = scaling if isinstance(scaling, float) else repr(scaling), own.get("is_feedforward")
+    inner = modules.get("base_layer") or modules.get("token_adapter")
+    return (*numbers, _numbers(inner.__dict__, name)) if hasattr(type(inner), "adapter_layer_names") else numbers
 
 
 def content(value: Any) -> str:

@@ -312,6 +312,13 @@ def adapter_row_obstacle(mounts: Mounts, name: str, layers: Mapping[str, nn.Modu
     return None
 
 
+# Model types whose rows `Rows.split` could take for positions, without an error.
+_MIXED = {
+    "fsmt": "FSMT puts time before rows, where they can't always be told apart",
+    "rwkv": "transformers' RWKV mixes the rows of a batch",
+}
+
+
 def is_spread(model: Any) -> bool:
     """Whether accelerate has placed the model's parts on several devices, the disk being one."""
     devices = getattr(model, "hf_device_map", None) or {}
@@ -322,6 +329,8 @@ def model_obstacle(model: Any, packed: Iterable[nn.Module] | None = None) -> str
     """Why no columns of this model can share a batch, or None if they can. packed: its quantised layers, if known."""
     if is_spread(model):
         return "the model is spread over several devices"
+    if (mixed := _MIXED.get(model.config.model_type)) is not None:
+        return mixed
     for module in model.modules() if packed is None else packed:
         if type(module).__name__ != "Linear8bitLt":
             continue

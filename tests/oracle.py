@@ -188,10 +188,11 @@ class Held:
         if "ia3_l" in ends.values():
             return all(bool((self.tensors[key] == 1).all()) for key in self.tensors)
         out = "lora_E" if "lora_E" in ends.values() else "lora_B"
-        mine = [self.tensors[key] for key in self.tensors if out in key or "lora_embedding_B" in key]
+        mine = [key for key in self.tensors if out in key or "lora_embedding_B" in key]
         if not mine:
             return self.inert and self.key == self.initial
-        return not any(bool(tensor.any()) for tensor in mine)
+        sides = [(key, key.replace("lora_embedding_B", "lora_embedding_A")) for key in mine]
+        return not any(all(bool(self.tensors[side].any()) for side in pair) for pair in sides)
 
     def statuses(self) -> set[str]:
         """What its badge may say, by the docstring of `AdapterInfo`."""

@@ -47,3 +47,19 @@ def test_a_saved_lab_knows_what_is_untrained(lab: AdapterLab, tmp_path: Path, ki
     lab.save(tmp_path / "saved")
     again = AdapterLab(tmp_path / "saved", base_model=tiny_llama(), tokenizer=tiny_tokenizer(chat=True))
     assert again.adapters["mine"].status == status
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]], ids=str)
+def test_fresh_factors_on_embeddings_are_untrained(lab: AdapterLab, ids: torch.Tensor, targets: list[str]) -> None:
+    """There it is A that PEFT starts at zero, and B that it draws."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=targets)
+    with torch.no_grad():
+        assert torch.equal(get_peft_model(tiny_llama(), config).eval()(ids).logits, tiny_llama()(ids).logits)
+    lab.add_adapter(config, "mine")
+    assert lab.adapters["mine"].status == "untrained"
+    with torch.no_grad():
+        own(lab)[0].add_(0.1)  # an embedding's A comes first
+    lab.compare("Hi", max_new_tokens=1)
+    assert lab.adapters["mine"].status == "unsaved"

@@ -193,6 +193,15 @@ def test_nonsense_settings_are_named(full_lab: AdapterLab, settings: dict[str, A
     assert full_lab.history == []
 
 
+def test_an_answer_longer_than_the_decoders_context() -> None:
+    lab = AdapterLab(standins.tiny_bart(), tokenizer=standins.tiny_tokenizer(seq2seq=True))
+    with pytest.raises(AdapterLabError, match="decoder's context is 128: set max_new_tokens to 128 or less"):
+        lab.compare("Hello", max_new_tokens=129)
+    assert lab.history == []
+    longest = lab.compare("Hello", max_new_tokens=128, eos_token_id=standins.VOCABULARY - 1)
+    assert longest["base"].new_tokens == 128
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [

@@ -147,3 +147,22 @@ def test_a_blend_on_embeddings(ids: torch.Tensor, tmp_path: Path) -> None:
         explicit.model.embed_tokens.weight.add_(0.5 * (8 / 4) * (B @ A).T)
         with lab.using({"e": 0.5}) as model:
             assert torch.allclose(model(ids).logits, explicit(ids).logits, **CLOSE)
+
+
+def test_a_blend_on_embeddings_that_are_scaled_by_a_number(ids: torch.Tensor, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    def make() -> Any:
+        return standins.tiny_bart(scale_embedding=True)
+
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    folder = standins.write_adapter(tmp_path / "e", make(), config, seed=3)
+    lab = AdapterLab(make(), tokenizer=standins.tiny_tokenizer(seq2seq=True))
+    lab.load_adapter(folder, "e")
+    plain = PeftModel.from_pretrained(make(), folder).eval()
+    for layer in plain.modules():
+        if hasattr(layer, "lora_embedding_A"):
+            layer.scaling["default"] *= 0.5
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
+    with torch.no_grad(), lab.using({"e": 0.5}) as model:
+        assert torch.allclose(model(**inputs).logits, plain(**inputs).logits, **CLOSE)

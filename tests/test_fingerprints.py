@@ -177,6 +177,28 @@ def test_both_adapters_of_nested_expert_layers_count() -> None:
         digest = changed
 
 
+def test_the_scalings_of_nested_expert_layers_count() -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    layers = layers_of(config, model=standins.tiny_mixtral())
+    seen = {adapter_digest(layers, "a")}
+    for layer in layers.values():
+        outer: Any = layer
+        for one in (outer, outer.base_layer):
+            one.scaling["a"] *= 3
+            seen.add(adapter_digest(layers, "a"))
+    assert len(seen) == 1 + 2 * len(layers)
+
+
+def test_which_tokens_are_trained_counts() -> None:
+    layers = layers_of(LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6]))
+    before = adapter_digest(layers, "a")
+    wrapper: Any = layers["model.embed_tokens"]
+    wrapper.token_adapter.token_indices["a"] = [6, 5]
+    assert adapter_digest(layers, "a") != before
+    wrapper.token_adapter.token_indices["a"] = [5, 6]
+    assert adapter_digest(layers, "a") == before
+
+
 def test_a_digest_is_that_of_the_file_through_plain_peft(tmp_path: Path) -> None:
     """The lab's layers and PeftModel's, wrapped otherwise, hold the same tensors."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -263,6 +263,31 @@ def test_a_peft_model_in_hand(adapter_folders: dict[str, Path], plain_logits: An
         assert torch.allclose(peft_model(ids).logits, plain_logits("pirate"), **CLOSE)
 
 
+def test_a_peft_model_of_which_one_adapter_has_trained_tokens(ids: torch.Tensor) -> None:
+    from peft import LoraConfig
+
+    configs = {
+        "tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=ids[0, 1:3].tolist()),
+        "none": LoraConfig(r=4, target_modules=["q_proj"]),
+    }
+    together: Any = PeftModel(standins.tiny_llama(), configs["tokens"], "tokens")
+    together.add_adapter("none", configs["none"])
+    for seed, name in enumerate(configs):
+        together.set_adapter(name)
+        standins.random_adapter_state(together, seed)
+    expected = {}
+    for name, config in configs.items():
+        plain = PeftModel(standins.tiny_llama(), config, name).eval()
+        plain.load_state_dict(together.state_dict(), strict=False)
+        with torch.no_grad():
+            expected[name] = plain(ids).logits
+    lab = AdapterLab(together.eval(), tokenizer=standins.tiny_tokenizer())
+    assert list(lab.adapters) == list(configs)
+    for name, logits in expected.items():
+        lab.set_adapter(name)
+        assert torch.allclose(logits_of(lab, ids), logits, **CLOSE)
+
+
 def test_mounting_leaves_the_modes_of_the_base_alone(full_lab: AdapterLab) -> None:
     """It gave the layers' insides the mode of the whole model, the base's own modules included."""
     model = full_lab.model

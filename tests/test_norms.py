@@ -307,6 +307,17 @@ def test_whole_modules_and_trained_tokens() -> None:
     assert len(frame) == 4
 
 
+def test_a_whole_attention_is_no_product() -> None:
+    lab = opened()
+    lab.add_adapter("lora", "x", r=2, target_modules=["down_proj"], modules_to_save=["self_attn"])
+    frame = lab.delta_norms("x").set_index("path")
+    assert (frame["norm"] == 0).all()
+    path = "model.layers.1.self_attn"
+    with torch.no_grad():
+        layer_of(lab, "x", path).modules_to_save["x"].q_proj.weight += 0.5
+    assert lab.delta_norms("x").set_index("path").norm[path] == pytest.approx(0.5 * 32)  # of 32 × 32 numbers
+
+
 OTHERS = {
     "oft": {},
     "hra": {"r": 2},

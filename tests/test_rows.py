@@ -157,6 +157,44 @@ def test_rows_that_can_not_be_told_apart_run_in_turn(full_lab: AdapterLab, monke
     assert not alone["pirate"].batched
 
 
+@pytest.mark.parametrize("kind", ["fsmt", "rwkv"])
+def test_models_whose_rows_could_be_taken_for_positions_run_in_turn(kind: str, tmp_path: Path) -> None:
+    """As many columns as the prompt has tokens: then the shapes alone do not tell."""
+    import transformers
+    from peft import LoraConfig
+
+    def make() -> Any:
+        if kind == "rwkv":
+            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64}
+            config: Any = transformers.RwkvConfig(**standins._token_ids(), **sizes, context_length=128)
+            return standins._randomised(transformers.RwkvForCausalLM, config, 0)
+        sides = ("encoder", "decoder")
+        sizes = {"d_model": 32, "src_vocab_size": 320, "tgt_vocab_size": 320, "max_position_embeddings": 128}
+        for side in sides:
+            sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+        tokens = {**standins._token_ids(), "decoder_start_token_id": standins.EOS, "forced_eos_token_id": None}
+        tokens.pop("vocab_size")
+        config = transformers.FSMTConfig(langs=["en", "de"], **sizes, **tokens)
+        return standins._randomised(transformers.FSMTForConditionalGeneration, config, 0)
+
+    targets = ["key", "value"] if kind == "rwkv" else r".*encoder\.layers.*(q_proj|fc1)"
+    tokenizer = standins.tiny_tokenizer(seq2seq=kind == "fsmt")
+    lab = AdapterLab(make(), tokenizer=tokenizer)
+    for seed in range(1, len(tokenizer("The moon")["input_ids"])):
+        config = LoraConfig(r=4, target_modules=targets)
+        lab.load_adapter(standins.write_adapter(tmp_path / f"a{seed}", make(), config, seed=seed), f"a{seed}")
+    comparison = lab.compare("The moon", max_new_tokens=5, chat=False)
+    ids = torch.tensor([comparison.prompt_ids[0]])
+    assert ids.shape[1] == len(comparison.generations) > 2
+    for generation in comparison.generations:
+        plain = make()
+        if generation.column != "base":
+            plain = PeftModel.from_pretrained(plain, tmp_path / generation.column).eval()
+        out = plain.generate(input_ids=ids, max_new_tokens=5, do_sample=False, num_beams=1)  # FSMT's are 5
+        assert same_up_to_ties(generation, out[0, 1 if kind == "fsmt" else ids.shape[1] :].tolist())
+        assert generation.note.startswith("run in turn: ")
+
+
 def test_8bit_rows_share_a_batch_only_at_threshold_0(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 

@@ -172,6 +172,36 @@ def test_cat_is_the_blend(full_lab: AdapterLab, weights: dict[str, float], ids: 
         assert torch.allclose(plain(ids).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("pruned", ["some layers", "all layers"])
+@pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor")  # PEFT takes rank 0 for an incomplete shard
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+def test_cat_of_layers_that_adalora_has_pruned_away(ids: torch.Tensor, tmp_path: Path, pruned: str) -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "v_proj"])
+    plain: Any = get_peft_model(standins.tiny_llama(), config)
+    standins.random_adapter_state(plain, 3)
+    pattern = {}
+    for key, E in plain.named_parameters():
+        if ".lora_E." in key:
+            keep = pruned == "some layers" and "v_proj" in key
+            pattern[key.removeprefix("base_model.model.").removesuffix(".default")] = [keep] * 4
+            E.data *= keep
+    config = plain.peft_config["default"]
+    config.rank_pattern = pattern
+    plain.save_pretrained(str(tmp_path / "ada"), save_embedding_layers=False)
+    lab = AdapterLab(standins.tiny_llama(), tokenizer=standins.tiny_tokenizer())
+    lab.load_adapter(tmp_path / "ada", "ada")
+    if pruned == "all layers":
+        with pytest.raises(AdapterLabError, match="ada can't be concatenated: all its triplets are pruned"):
+            lab.add_weighted_adapter(["ada"], [1.0], "made")
+        assert list(lab.adapters) == ["ada"]
+        return
+    lab.add_weighted_adapter(["ada"], [1.0], "made")
+    with torch.no_grad():
+        assert torch.allclose(logits_of(lab, ids), plain.eval()(ids).logits, **CLOSE)
+
+
 def test_cat_of_what_can_not_be_concatenated_is_refused(full_lab: AdapterLab) -> None:
     before = list(full_lab.adapters)
     with pytest.raises(AdapterLabError, match="'poet' can't be concatenated: IA3 multiplies"):
