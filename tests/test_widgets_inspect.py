@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -185,6 +186,34 @@ def test_changes_that_come_together_are_drawn_once(panel: Panel, lab: PictureLab
     gate.set()
     lab.wait()
     assert lab.looks[drawn:] == [("plot_parameters", ())]
+
+
+def test_in_the_foreground_the_changes_of_a_cell_are_drawn_once_when_it_has_ended(
+    lab: PictureLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPTERLAB_FOREGROUND", "1")
+    panel = build_panel(lab)  # type: ignore[arg-type]
+    look(panel, lab, "Sizes")
+    drawn = len(lab.looks)
+
+    async def kernel() -> int:
+        for name in ("pirate", "robot", "bard"):
+            lab.set_trainable(name)
+        within = len(lab.looks)
+        await asyncio.sleep(0)
+        return within
+
+    assert asyncio.run(kernel()) == drawn
+    assert lab.looks[drawn:] == [("plot_parameters", ())]
+    panel.close()
+
+
+def test_a_selection_draws_nothing_that_does_not_depend_on_it(panel: Panel, lab: PictureLab) -> None:
+    look(panel, lab, "Weights")
+    drawn = len(lab.looks)
+    lab.set_adapter("pirate")
+    lab.wait()
+    assert len(lab.looks) == drawn
 
 
 @pytest.mark.parametrize(

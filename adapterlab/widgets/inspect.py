@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as w
 
 from adapterlab.pagetext import escape
-from adapterlab.widgets.compat import classes, set_tooltip
+from adapterlab.widgets.compat import classes, needs_foreground, set_tooltip, soon
 from adapterlab.widgets.pictures import OF_ONE
 from adapterlab.widgets.state import PanelState, View
 
@@ -56,8 +56,13 @@ class InspectView:
 
     def note(self, kind: str) -> None:
         """The lab tells of a change of this kind: what is drawn may not be true any more."""
-        memory = kind == "memory" and self._state.view.what == "Memory"
-        self.refresh(stale=memory or kind in ("adapters", "state", "history"))
+        what = self._state.view.what
+        touched = {"adapters": True, "history": True, "state": what not in OF_ONE, "memory": what == "Memory"}
+        with self._state.lock:
+            self._stale = self._stale or touched.get(kind, False)
+        later = needs_foreground() and soon(self.refresh)  # once for a cell, and not for each change
+        if not later:
+            self.refresh()
 
     def refresh(self, *, stale: bool = False) -> None:
         """Draw anew if what is shown is no longer true. stale: it is not."""
