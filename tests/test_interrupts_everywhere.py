@@ -321,7 +321,7 @@ TRAININGS = {
 }
 # moments of each operation; of the lines, half are those after a change
 SHORT = {"lines": 6, "checks": 2}
-LONG = {"lines": 40, "checks": 12}  # ten minutes in all, on a core of its own
+LONG = {"lines": 160, "checks": 48}  # a quarter of an hour in all, on a core of its own
 
 
 @pytest.fixture(scope="module")
