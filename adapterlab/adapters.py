@@ -316,7 +316,7 @@ class Adapters:
         """Load a resolved adapter, select it, and give its name; all or nothing. tokenizer: the lab's."""
         from adapterlab.preflight import read_weights
 
-        chosen = name if name is not None else self._free_name(files.default_name)
+        chosen = name if name is not None else self._default_name(files.default_name)
         self.check_new_name(chosen)
         config, flight = self.preflight(files, tokenizer)
         flight.raise_for_problems()
@@ -338,7 +338,7 @@ class Adapters:
         """Take in an adapter of a saved lab under its name, with what was known of it as long as its weights are the same."""
         from adapterlab.preflight import read_weights
 
-        self.check_new_name(saved.name)
+        self.check_new_name(saved.name, saved=True)
         config, flight = self.preflight(files, tokenizer)
         flight.raise_for_problems()
         assert config is not None  # it has no problems
@@ -488,12 +488,11 @@ class Adapters:
             words += f" This model has {', '.join(sorted(last))}."
         return words
 
-    def check_new_name(self, name: str) -> None:
-        from torch import nn
-
+    def check_new_name(self, name: str, *, saved: bool = False) -> None:
+        """Raise `AdapterLabError` if no adapter can be called so. saved: one was, in a lab that is opened again."""
         words = {word for key, _ in self.model.named_modules() for word in key.split(".")}
         check_name(name, self.records, words | {"weight", "bias", "default_0"})
-        if any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict)):  # `half`, `train`, `type`, …
+        if not saved and _is_torchs(name):  # LoRA can be `copy` or `get`, and was
             raise AdapterLabError(
                 f"{name!r} is a word of torch's own, by which PEFT can't call an adapter. "
                 f"{('my-' + name).replace('_', '-')!r} would do."
@@ -507,6 +506,9 @@ class Adapters:
             say(f"The model's adapter {name!r} is called {chosen!r} here: the lab can't use that name.")
             return chosen
         return name
+
+    def _default_name(self, wanted: str) -> str:
+        return self._free_name(make_safe_name(f"my-{wanted}") if _is_torchs(wanted) else wanted)
 
     def _free_name(self, wanted: str) -> str:
         name, number = wanted, 2
@@ -596,6 +598,13 @@ class Adapters:
         self.model, self.mounts = nothing, Mounts(nothing)  # the model first: `seen` looks for it
         self.base, self.records, self._given, self.packed = {}, {}, {}, []
         self._shown = self._state()
+
+
+def _is_torchs(name: str) -> bool:
+    """Whether the dicts in which PEFT keeps adapters by name have an attribute of this name: `half`, `train`, `type`, …"""
+    from torch import nn
+
+    return any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict))
 
 
 def _tied(model: Any) -> dict[str, list[str]]:

@@ -272,6 +272,29 @@ def test_words_of_torchs_own_are_said_to_be_so(lab: AdapterLab, name: str, adapt
     assert list(lab.adapters) == []
 
 
+def test_a_folder_called_by_a_word_of_torchs_own_loads(
+    lab: AdapterLab, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    for place in ("one", "two"):
+        lab.load_adapter(shutil.copytree(adapter_folders["pirate"], tmp_path / place / "update"))
+    assert list(lab.adapters) == ["my-update", "my-update-2"]
+
+
+def test_a_saved_lab_whose_adapter_is_a_word_of_torchs_own_opens(
+    lab: AdapterLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such names were taken for LoRA, with which they work."""
+    with monkeypatch.context() as then:
+        then.setattr(type(lab._adapters), "check_new_name", lambda *given, **told: None)
+        lab.add_adapter("lora", "copy")
+    lab.save(tmp_path / "saved")
+    again = AdapterLab(tmp_path / "saved", base_model=standins.tiny_llama(), tokenizer=lab.tokenizer)
+    assert list(again.adapters) == ["copy"]
+    again.close()
+
+
 def test_a_name_that_acts_now_is_said_to_be_taken(lab: AdapterLab) -> None:
     lab.add_adapter("lora", "mine")
     with pytest.raises(AdapterLabError, match="There is an adapter named 'mine' already"):
