@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from adapterlab.errors import AdapterLabError
+
 F = TypeVar("F", bound=Callable[..., Any])
 Undo = Callable[[], object]
 
@@ -51,6 +53,31 @@ def _back_to(pending: list[Undo], mark: int) -> None:
         pending.pop()
     if failed is not None:
         raise failed
+
+
+_training: dict[str, tuple[int, object]] = {}  # "by": the thread that trains now, and the block in which it does
+
+
+@contextlib.contextmanager
+def one_training() -> Iterator[None]:
+    """Make a trainer, or train, in the block. Raises `AdapterLabError` while another thread does, with whatever lab.
+
+    Trainer stands on accelerate, whose AcceleratorState and GradientState are one for the process: who makes a trainer takes
+    the first from under the one at work, and of two at work each counts the other's steps (issue 7).
+    """
+    mine = threading.get_ident(), object()
+
+    def leave() -> None:
+        if _training.get("by") is mine:
+            del _training["by"]
+
+    with put_back(leave):
+        if _training.setdefault("by", mine)[0] != mine[0]:
+            raise AdapterLabError(
+                "Another lab of this process is training, and two trainings at once would count each other's steps. Wait "
+                "until that has ended, or stop it, and call this again."
+            )
+        yield
 
 
 class Lent:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapterlab.columns import BASE, Column, ColumnLike
 from adapterlab.comparison import Comparison, Generation, TokenEvent
 from adapterlab.errors import AdapterLabError
-from adapterlab.guards import Lent, Work, changes_state, exclusive, finish_left_over, put_back
+from adapterlab.guards import Lent, Work, changes_state, exclusive, finish_left_over, one_training, put_back
 from adapterlab.looking import Looking
 from adapterlab.notices import say_meanwhile
 
@@ -861,11 +861,12 @@ class AdapterLab(Looking):
             lessons = training.read_lessons(
                 self._adapters.model, self._tokenizer, dataset, eval_dataset, max_length, seed
             )
-            if args is None:
-                folder = wish.arguments.pop("output_dir", "trainer_output")
-                method = self._adapters.info(name).method
-                args = training.make_arguments(wish.arguments, lessons, self._adapters.model, method, folder)
-            return training.make_trainer(self._session(name), lessons, args, self._tokenizer, wish.trainer)
+            with one_training():
+                if args is None:
+                    folder = wish.arguments.pop("output_dir", "trainer_output")
+                    method = self._adapters.info(name).method
+                    args = training.make_arguments(wish.arguments, lessons, self._adapters.model, method, folder)
+                return training.make_trainer(self._session(name), lessons, args, self._tokenizer, wish.trainer)
 
     def _train(
         self, name: str, dataset: Any, method: Any, eval_dataset: Any, max_length: Any, keywords: dict[str, Any]
@@ -894,7 +895,7 @@ class AdapterLab(Looking):
         lessons = training.read_lessons(
             adapters.model, self._tokenizer, dataset, eval_dataset, max_length, wish.arguments.get("seed", 42)
         )
-        with contextlib.ExitStack() as at_last, TemporaryDirectory(prefix="adapterlab-") as scratch:
+        with one_training(), contextlib.ExitStack() as at_last, TemporaryDirectory(prefix="adapterlab-") as scratch:
             at_last.callback(self._tell, "adapters")  # also that a new one whose first step failed has gone
             kind = training.method_of(method) if new else adapters.info(name).method
             args = training.make_arguments(wish.arguments, lessons, adapters.model, kind, scratch)

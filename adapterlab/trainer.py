@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from adapterlab.adalora import AdaLoraCallback
 from adapterlab.errors import AdapterLabError, StoppedError
 from adapterlab.examples import IGNORED
-from adapterlab.guards import put_back
+from adapterlab.guards import one_training, put_back
 from adapterlab.peaks import note, optimizer_tensors
 from adapterlab.sessions import interrupt_stops
 
@@ -102,7 +102,7 @@ class AdapterTrainer(Trainer):
         """Train, as transformers does; the lab's state is afterwards what it was, and the adapter has learned. `lab.stop()`
         and the first Ctrl-C end it after the step at work."""
         resume = self._checkpoint(resume_from_checkpoint)
-        with self.session.training(), interrupt_stops(self.session.stop):
+        with one_training(), self.session.training(), interrupt_stops(self.session.stop):
             old = {id(tensor) for tensor in optimizer_tensors(self.optimizer)}  # an earlier training's: no news
             with put_back(functools.partial(self._leave, old)):
                 self.model.config.use_cache = bool(getattr(self.args, "use_cache", False))

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from standins import tiny_llama, tiny_tokenizer
+from transformers import TrainerCallback
 
 from adapterlab import AdapterLab, AdapterLabError
 from adapterlab.columns import Column
@@ -433,23 +434,69 @@ def close_while_others_wait(stress: Stress, turn: int) -> None:
             thread.join()
 
 
-def test_two_labs_in_two_threads_learn_at_once(adapter_folders: dict[str, Path]) -> None:
-    """Each has its own lock, and nothing of one is the other's."""
-    labs = [opened(adapter_folders) for _ in range(2)]
-    runs: dict[int, Any] = {}
+def test_while_one_lab_learns_another_answers_and_does_not_learn(adapter_folders: dict[str, Path]) -> None:
+    """Trainer's accelerate has one state for the process: making a second trainer took it from under the first."""
+    labs = [opened(adapter_folders) for _ in range(3)]
+    settings = {
+        "max_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+        "disable_tqdm": True,
+    }
+    said: list[str] = []
 
-    def learn(place: int) -> None:
-        runs[place] = labs[place].train("pirate", PROMPTS, max_steps=2, seed=3, disable_tqdm=True)
+    def meanwhile() -> None:
+        before = labs[1].adapters["pirate"], labs[1].selection
+        for refused in (labs[1].train, labs[1].trainer):
+            with pytest.raises(
+                AdapterLabError, match=r"Another lab of this process is training.* call this again"
+            ) as error:
+                refused("pirate", PROMPTS, max_steps=1)
+            said.append(str(error.value))
+        assert (labs[1].adapters["pirate"], labs[1].selection) == before
+        assert labs[1].verify(labs[1].compare(PROMPTS[0], max_new_tokens=2))["agrees"].all()
+        said.append("answered")
 
-    threads = [threading.Thread(target=learn, args=(place,), daemon=True) for place in range(2)]
+    class Between(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            if not said:
+                other = threading.Thread(target=meanwhile, daemon=True)
+                other.start()
+                other.join()
+
     with watchdog(LIMIT):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert [runs[place].steps for place in range(2)] == [2, 2]
+        run = labs[0].train("pirate", PROMPTS, callbacks=[Between()], **settings)
+    assert said[-1:] == ["answered"]
+    assert run.steps == 3
+    for lab in labs[1:]:  # its turn now; and one that never met another
+        lab.train("pirate", PROMPTS, **settings)
+    states = [lab._adapters.state("pirate")[1] for lab in labs]
+    for key, tensor in states[2].items():
+        assert torch.equal(states[0][key], tensor)
+        assert torch.equal(states[1][key], tensor)
     for lab in labs:
-        assert lab.verify(lab.compare(PROMPTS[0], max_new_tokens=2))["agrees"].all()
+        lab.close()
+
+
+def test_trainings_in_turn_after_one_that_failed(adapter_folders: dict[str, Path]) -> None:
+    """Whoever fails or is cut makes room for the next."""
+
+    class Failing(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    one, other = opened(adapter_folders), opened(adapter_folders)
+    with pytest.raises(KeyboardInterrupt):
+        one.train("pirate", PROMPTS, max_steps=1, callbacks=[Failing()], disable_tqdm=True)
+    runs: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: runs.append(other.train("pirate", PROMPTS, max_steps=1, disable_tqdm=True)), daemon=True
+    )
+    with watchdog(LIMIT):
+        thread.start()
+        thread.join()
+    assert runs[0].steps == 1
+    for lab in (one, other):
         lab.close()
 
 
