@@ -417,7 +417,7 @@ def _next_logits(model: Any, prompt_ids: Sequence[int], token_ids: Sequence[int]
                 "input_ids": torch.tensor([list(prompt_ids)], device=device),
                 "decoder_input_ids": torch.tensor([[decoder_start(model), *token_ids]], device=device),
             }
-            return model(**inputs).logits[0]
+            return model(**inputs, use_cache=False).logits[0]  # with a cache, FSMT's decoder looks ahead
         ids = torch.tensor([[*prompt_ids, *token_ids]], device=device)
         return model(input_ids=ids).logits[0, len(prompt_ids) - 1 :]
 

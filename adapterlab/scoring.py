@@ -211,7 +211,8 @@ class _Lane:
         with self.mounted():
             if model.config.is_encoder_decoder:
                 given = {"input_ids": batch.source, "attention_mask": batch.source_mask}
-                out = model(**{key: value.repeat(count, 1) for key, value in given.items()}, decoder_input_ids=ids)
+                given = {key: value.repeat(count, 1) for key, value in given.items()}
+                out = model(**given, decoder_input_ids=ids, use_cache=False)  # FSMT's decoder looks ahead with a cache
             else:
                 mask = batch.mask[:, :end].repeat(count, 1)
                 keep = {"use_cache": True, "past_key_values": self.cache} if end - start < batch.width else {}
