@@ -49,7 +49,8 @@ def write_files(folder: Path, config: PeftConfig, state: dict[str, Any], base_pa
     feed_forward, targets = getattr(config, "feedforward_modules", None), getattr(config, "target_modules", None)
     if isinstance(targets, (set, list)):
         if isinstance(feed_forward, (set, list)):
-            longer = {one for one in feed_forward for t in targets if f".{one}".endswith(f".{t}")}  # of what is adapted anyway
+            # PEFT matches both by the ends of paths, and takes a file only if each of these is a target by its very name.
+            longer = {one for one in feed_forward for t in targets if f".{one}".endswith(f".{t}")}
             shorter = {t for t in targets for one in feed_forward if f".{t}".endswith(f".{one}")}
             config.feedforward_modules, targets = sorted(longer | shorter), {*targets, *longer}
         config.target_modules = sorted(targets)  # sets would be written in another order each time
