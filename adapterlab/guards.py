@@ -104,9 +104,13 @@ class Work:
             self.frame = sys._getframe(1)
             self._remember_gradients()
         self.outer = getattr(_here, "undo", None)
-        self.lab._works.append(self)
-        _here.undo = self.undo
-        return self
+        try:
+            self.lab._works.append(self)
+            _here.undo = self.undo
+            return self
+        except BaseException:  # Ctrl-C, before there is a block whose end would end it
+            self.finish()
+            raise
 
     def __exit__(self, *error: object) -> None:
         self.finish()

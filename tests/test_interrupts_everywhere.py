@@ -481,6 +481,7 @@ def test_a_training_cut_short_keeps_whole_steps(
             where = f"{name}, cut at moment {moment}: {tracer.where}"
             runs = lab.adapters[learner].runs if learner in lab.adapters else ()
             steps = runs[-1].steps if runs else 0
+            assert free_of(lab), where
             have = weights(lab, learner) if learner in lab.adapters else ""
             assert have == known[steps], f"{where}: not those after {steps} steps"
             now = picture(lab, without=learner)
@@ -489,7 +490,6 @@ def test_a_training_cut_short_keeps_whole_steps(
             for each in (now, wanted):
                 each["adapters' flags"].pop(learner, None)
             assert same(now, wanted), f"{where}: {differences(now, wanted)}"
-            assert free_of(lab), where
         goes_on(lab)
 
 

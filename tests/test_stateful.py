@@ -639,7 +639,7 @@ class Calls(Book):
     def save_the_lab(self, over: bool, blend: Any, go_on: bool) -> None:
         """Opened on a fresh base, it is the same lab; `go_on` with that one, or with the old one."""
         old, names = self.lab, list(self.held)
-        self.call(lambda: setattr(old, "blends", [blend]))
+        self.call(lambda: setattr(old, "blends", [blend]), imposes=False)
         if self.lab_folder is None or not over:
             self.lab_folder = self.folder()
         folder = self.lab_folder
