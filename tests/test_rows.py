@@ -193,8 +193,13 @@ def test_models_whose_rows_could_be_taken_for_positions_run_in_turn(kind: str, t
         out = plain.generate(input_ids=ids, max_new_tokens=5, do_sample=False, num_beams=1)  # FSMT's are 5
         assert same_up_to_ties(generation, out[0, 1 if kind == "fsmt" else ids.shape[1] :].tolist())
         assert generation.note.startswith("run in turn: ")
-    if kind == "fsmt":
-        assert lab.verify(comparison)["agrees"].all()
+    if kind == "fsmt":  # in transformers 5.15 its steps are not what one forward over them gives
+        told = {"output_logits": True, "return_dict_in_generate": True}
+        said = make().generate(input_ids=ids, max_new_tokens=5, do_sample=False, num_beams=1, **told)
+        with torch.no_grad():
+            again = make()(input_ids=ids, decoder_input_ids=said.sequences[:, :-1], use_cache=False).logits
+        steps_agree = torch.allclose(torch.stack(said.logits, dim=1), again, atol=1e-3)
+        assert lab.verify(comparison)["agrees"].tolist() == 4 * [steps_agree]
 
 
 def test_8bit_rows_share_a_batch_only_at_threshold_0(tmp_path: Path) -> None:
