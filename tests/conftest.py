@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from jupyterlab_page import what_pages_say
 from standins import tiny_llama, tiny_tokenizer, write_adapter
 from tiny_adapters import SEEDS, adapter_configs
 
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     stay = items[::every]
     config.hook.pytest_deselected(items=[item for number, item in enumerate(items) if number % every])
     items[:] = stay
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport]:
+    """With a browser test that failed goes what its pages show and what their consoles said."""
+    report = yield
+    if report.failed and item.get_closest_marker("browser") and (said := what_pages_say()):
+        report.sections.append(("What the pages say", said))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -168,6 +168,29 @@ def notebook_page(
         yield page
 
 
+_said: dict[Page, list[str]] = {}  # each page that is open → its console, and what was thrown there
+
+_WHAT_IS_SHOWN = """() => ({
+    panels: [...document.querySelectorAll('.alab-panel')].map(panel => panel.innerText.slice(0, 400)),
+    outputs: [...document.querySelectorAll('.jp-OutputArea-output')].map(output => output.outerHTML.slice(0, 200)),
+    dialogs: [...document.querySelectorAll('.jp-Dialog')].map(dialog => dialog.innerText),
+    kernel: window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status,
+    focus: document.activeElement?.outerHTML.slice(0, 200),
+})"""
+
+
+def what_pages_say() -> str:
+    """For the report of a test that failed: of every open page what is on it now and what its console said last."""
+    reports = []
+    for page, said in _said.items():
+        try:
+            shown = json.dumps(page.wait_for_function(_WHAT_IS_SHOWN, timeout=10_000).json_value(), indent=1)
+        except Exception as error:  # a page that doesn't answer is a finding too
+            shown = f"the page does not answer: {error}"
+        reports.append("\n".join([page.url.split("?")[0], shown, "console:", *said[-30:]]))
+    return "\n\n".join(reports)
+
+
 @contextmanager
 def chromium_page(url: str, width: int = 1400, height: int = 1000, scale: float = 1.0) -> Iterator[Page]:
     """A page of a fresh Chromium."""
@@ -177,8 +200,17 @@ def chromium_page(url: str, width: int = 1400, height: int = 1000, scale: float 
     try:
         page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
         page.set_default_timeout(30_000)
-        page.goto(url)
-        yield page
+        said = _said.setdefault(page, [])
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text[:300]}"))
+        page.on("pageerror", lambda error: said.append(f"thrown: {error}"[:600]))
+        try:
+            page.goto(url)
+            yield page
+        except Exception:
+            print(what_pages_say())  # before it is closed
+            raise
+        finally:
+            del _said[page]
     finally:
         browser.close()
 
