@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -189,16 +190,17 @@ for turn in range(3):
         found.append(row)
 print("FOUND" + json.dumps(found))
 """
-HEAP = (
-    64 * 2**20
-)  # bytes: glibc keeps the end of each thread's heap, up to a whole one, and malloc_trim does not ask for it
+# glibc gives each thread a heap of its own and keeps up to 64 MB of its end, also when asked to trim: how much depends on
+# which threads happened to be quick. In one arena for all, what the lab gives back goes back.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 @pytest.mark.demo
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_labs_opened_one_after_another_take_no_more_than_the_largest() -> None:
-    """What is in use is compared exactly; what is resident, but for one heap that malloc may keep for its next caller."""
-    run = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, check=True)
+    """What is in use is compared to the megabyte, what is resident to its fiftieth part."""
+    environment = {**os.environ, **ONE_ARENA}
+    run = subprocess.run([sys.executable, "-c", ROUNDS], capture_output=True, text=True, check=True, env=environment)
     rows = json.loads(run.stdout.partition("FOUND")[2])
     for row in rows:
         print({key: value if key in ("turn", "kind") else round(value / 1e6, 1) for key, value in row.items()})
@@ -208,7 +210,7 @@ def test_labs_opened_one_after_another_take_no_more_than_the_largest() -> None:
         assert abs(other["closed_in_use"] - one["closed_in_use"]) < 1e6, (
             "what a lab took goes back, to the last megabyte"
         )
-        assert other["closed"] <= 1.02 * one["closed"] + HEAP, "no trend over the rounds"
+        assert other["closed"] <= 1.02 * one["closed"], "no trend over the rounds"
     for row in rows:
         assert row["left"] < 1e6, "no tensor outlives its lab"
     for row in first + last:
@@ -216,4 +218,4 @@ def test_labs_opened_one_after_another_take_no_more_than_the_largest() -> None:
     largest = max(row["opened"] for row in first if row["kind"] == "fp32")
     for row in rows:
         assert row["closed"] < largest - 300e6, "most of the 538 MB of the fp32 base, or less, went back"
-    assert max(row["peak"] for row in last) <= 1.02 * max(row["peak"] for row in first) + HEAP
+    assert max(row["peak"] for row in last) <= 1.02 * max(row["peak"] for row in first)
