@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ COLUMNS = ["case", "owner", "kind", "parameters", "bytes", "source"]
 _NAME = "adapter"  # what PEFT's layers call every adapter here
 
 Row = tuple[str, str, str, int | None, int | None, str]  # as COLUMNS
+RowOfAnyCase = tuple[str, str, int | None, int | None, str]
 
 
 def estimate_frame(
@@ -66,11 +67,13 @@ def estimate_frame(
     elsewhere = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
     chosen = name_all(own, adapters, elsewhere)
     injected = {name: _with_adapter(base, config, name) for name, config in chosen.items()}
-    rows = [*_inference(base, injected, circumstances)]
+    there = base.build()
+    held = list(_base_rows(there))
+    rows = [*_inference(base, there, held, injected, circumstances)]
     if training:
         rows += _full_fine_tuning(base, circumstances)
         for name, config in chosen.items():
-            rows += _training(base, injected[name], config, name, circumstances)
+            rows += _training(held, injected[name], config, name, circumstances)
     shown = [row for row in rows if row[4] != 0 or row[2] == "gradients"]  # which may all come after the peak
     return pd.DataFrame(shown, columns=COLUMNS).astype({"parameters": "Int64", "bytes": "Int64"})
 
@@ -104,21 +107,24 @@ def _with_adapter(base: Base, config: PeftConfig, name: str) -> Injected:
     return Injected(model, [*parameters, *buffers], sum(p.numel() for p in parameters if p.requires_grad))
 
 
-def _base_rows(case: str, model: Any) -> Iterator[Row]:
+def _base_rows(model: Any) -> Iterator[RowOfAnyCase]:
     sizes = parameter_sizes(model).values()
-    yield case, "base", "weights", sum(size.parameters for size in sizes), sum(size.data for size in sizes), "computed"
-    yield case, "base", "quantization", None, sum(size.statistics for size in sizes), "computed"
-    yield case, "base", "buffers", None, buffer_bytes(model), "computed"
+    yield "base", "weights", sum(size.parameters for size in sizes), sum(size.data for size in sizes), "computed"
+    yield "base", "quantization", None, sum(size.statistics for size in sizes), "computed"
+    yield "base", "buffers", None, buffer_bytes(model), "computed"
 
 
-def _inference(base: Base, injected: Mapping[str, Injected], asked: Circumstances) -> Iterator[Row]:
+def _inference(
+    base: Base, model: Any, held: Iterable[RowOfAnyCase], injected: Mapping[str, Injected], asked: Circumstances
+) -> Iterator[Row]:
+    """model: the base as it is built, which is used up. held: its rows."""
     from adapterlab.dryrun import Pass
     from adapterlab.generation import cache_bytes
 
-    case, model = "inference", base.build()
+    case = "inference"
     rows = (asked.columns or len(injected) + 1) * asked.prompts
     context = asked.context or within(USUAL_CONTEXT, base.config)
-    yield from _base_rows(case, model)
+    yield from ((case, *row) for row in held)
     for name, one in injected.items():
         yield case, name, "weights", one.parameters, one.bytes, "computed"
     yield case, "run", "KV cache", None, rows * cache_bytes(model, context), "computed"
@@ -131,13 +137,15 @@ def _inference(base: Base, injected: Mapping[str, Injected], asked: Circumstance
 def _full_fine_tuning(base: Base, asked: Circumstances) -> Iterator[Row]:
     """Of the plain weights: quantised ones can't learn."""
     case, model = "full fine-tuning", base.build(quantised=False)
-    yield from _base_rows(case, model)
+    yield from ((case, *row) for row in _base_rows(model))
     trained = [p.requires_grad_(p.is_floating_point()) for p in model.parameters()]
     yield from _learning_rows(case, "base", model, trained, asked)
 
 
-def _training(base: Base, injected: Injected, config: Any, name: str, asked: Circumstances) -> Iterator[Row]:
-    """The adapter alone on its base. Copies of whole modules are float32 while they learn."""
+def _training(
+    held: Iterable[RowOfAnyCase], injected: Injected, config: Any, name: str, asked: Circumstances
+) -> Iterator[Row]:
+    """The adapter alone on its base, whose rows are `held`. Copies of whole modules are float32 while they learn."""
     from adapterlab.methods import train_packed_obstacle
     from adapterlab.sessions import float32
 
@@ -146,7 +154,7 @@ def _training(base: Base, injected: Injected, config: Any, name: str, asked: Cir
     why = None if kind is None else train_packed_obstacle(str(getattr(config.peft_type, "value", "")), kind)
     if why is not None:
         raise AdapterLabError(f"{name!r} can't be trained: {why}")
-    yield from _base_rows(case, base.build())
+    yield from ((case, *row) for row in held)
     trained = [tensor for tensor in injected.tensors if getattr(tensor, "requires_grad", False)]
     with float32([model], trained):
         yield case, name, "weights", injected.parameters, injected.bytes, "computed"

@@ -273,10 +273,10 @@ def inject_without_memory(config: PeftConfig, twin: Any, name: str) -> Any:
     PEFT's `low_cpu_mem_usage` alone makes each tensor for real and throws it away, so an absurd rank would take the
     memory; and IA3 over quantised layers can't stay on meta at all: its few vectors are made for real (issue 2).
     """
-    import torch
+    from adapterlab.blueprint import without_values
 
     try:
-        with torch.device("meta"):
+        with without_values():
             return inject(config, twin, name, empty=True)
     except (NotImplementedError, RuntimeError):
         unwrap(twin)

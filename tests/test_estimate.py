@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from adapterlab import AdapterLab, AdapterLabError
-from adapterlab.blueprint import buffer_bytes, build, parameter_sizes
+from adapterlab.blueprint import buffer_bytes, build, parameter_sizes, without_values
 from adapterlab.inspection import count_bytes
 from adapterlab.mounts import inject
 from adapterlab.notices import AdapterLabWarning
@@ -566,3 +566,19 @@ def test_what_cannot_stand_over_packed_weights_is_said() -> None:
 
     with pytest.raises(AdapterLabError, match=r"'loha' can't be put into OPTConfig: .*4-bit weights are packed"):
         AdapterLab.estimate(CONFIGS["opt"], [LoHaConfig(r=3, target_modules=["q_proj"])], "4bit")
+
+
+def test_without_values_nothing_is_drawn_and_afterwards_it_is() -> None:
+    before = torch.get_rng_state()
+    with without_values():
+        layer = nn.Linear(3, 4)
+        assert nn.init.kaiming_uniform_(tensor=layer.weight, a=5**0.5) is layer.weight
+        assert nn.init.normal_(layer.bias, 0.0, 1.0) is layer.bias
+    assert layer.weight.is_meta
+    assert layer.bias.is_meta
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    found = nn.Linear(3, 4).weight
+    torch.manual_seed(0)
+    expected = torch.empty(4, 3).uniform_(-(3**-0.5), 3**-0.5)  # what torch documents for a linear layer
+    assert torch.equal(found, expected)
