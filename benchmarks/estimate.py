@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ PRECISIONS: dict[
 USES = ("compare", "full", "full, checkpointing", "lora", "lora, checkpointing", "qlora", "qlora, checkpointing")
 BATCH, LENGTH, STEPS = 4, 64, 2
 COLUMNS, NEW_TOKENS = 8, 8
+ROUNDS = 5
 SEVEN = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -265,7 +267,10 @@ def _uses(found: Sequence[Result]) -> Iterator[str]:
 def _seven(found: Sequence[Result]) -> Iterator[str]:
     yield "## What an estimate of Llama-2-7B's geometry costs"
     yield ""
-    yield "In one process, call after call; grown: its resident memory, at the most, over what it was before the call."
+    yield (
+        f"In one process, call after call; medians of {ROUNDS} processes. grown: resident memory, at the most, over what it "
+        "was before the call."
+    )
     yield ""
     rows = [
         [one["what"], f"{one['seconds']:.2f}", f"{one['cpu_seconds']:.2f}", f"{one['grown'] / 1e6:.0f}"]
@@ -292,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: Result = {"machine": describe_machine(), "created": created}
     models, uses = (["t5"], USES[3:4]) if asked.quick else (list(MODELS), USES)
     if "seven" in asked.part:
-        results["seven"] = apart("seven")
+        results["seven"] = medians([apart("seven") for _ in range(1 if asked.quick else ROUNDS)])
     if "weights" in asked.part:
         results["weights"] = [row for model in models for row in apart(f"weights:{model}")]
     if "use" in asked.part:
@@ -302,6 +307,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     (asked.output / "estimate.md").write_text(markdown(results), encoding="utf-8")
+
+
+def medians(rounds: list[list[Result]]) -> list[Result]:
+    """Of each call the medians over the rounds, each of which was a process of its own."""
+    return [
+        {
+            key: value if key == "what" else statistics.median(one[key] for one in calls)
+            for key, value in calls[0].items()
+        }
+        for calls in zip(*rounds)
+    ]
 
 
 def apart(what: str) -> Any:
