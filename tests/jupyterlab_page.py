@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 START_SECONDS = 120
 RUN_SECONDS = 600
-PATIENCE = 60_000  # ms: two slow cores have a browser, a server and a model to carry
 
 _RUN_ALL_CELLS = """patience => Promise.race([
     window.jupyterapp.commands.execute('notebook:run-all-cells'),
@@ -200,7 +199,7 @@ def chromium_page(url: str, width: int = 1400, height: int = 1000, scale: float 
     )
     try:
         page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
-        page.set_default_timeout(PATIENCE)
+        page.set_default_timeout(30_000)
         said = _said.setdefault(page, [])
         page.on("console", lambda message: said.append(f"{message.type}: {message.text[:300]}"))
         page.on("pageerror", lambda error: said.append(f"thrown: {error}"[:600]))

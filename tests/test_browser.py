@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fakelab import HOSTILE
 from jupyterlab_page import (
-    PATIENCE,
     chromium_page,
     json_from_kernel,
     jupyterlab,
@@ -31,6 +30,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.demo]
 
 QUICKSTART = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 OPEN = "from adapterlab import AdapterLab\n\nlab = AdapterLab.demo()"
+PATIENCE = 60_000  # ms: two slow cores generate a few dozen tokens in each of a few columns
 PROMPT = "What is rain?"
 TOKENS = 16
 LAST = "{g.column: g.text for g in lab.last.generations}"
